@@ -1,0 +1,80 @@
+"""Engine profile: how fast one engine of a given GPU type, parallel size and set of flags is."""
+
+import math
+
+import msgspec
+
+
+class StepLaw(msgspec.Struct, frozen=True, kw_only=True):
+    """Time of one engine step as a function of what the step holds.
+
+    ``step_s = base_s + decode_per_seq_s * decodes + decode_per_kv_token_s * decode_context_tokens
+    + sum over prefill chunks of (prefill_per_token_s * n + prefill_per_token_context_s * n * (context + n / 2))``
+
+    The last term is attention: every new token reads all tokens before it.
+    """
+
+    base_s: float
+    decode_per_seq_s: float
+    decode_per_kv_token_s: float
+    prefill_per_token_s: float
+    prefill_per_token_context_s: float
+
+    def decode_s(self, decodes: int, context_tokens: float) -> float:
+        """Seconds that ``decodes`` running sequences with ``context_tokens`` in all add to one step, base included."""
+        return self.base_s + self.decode_per_seq_s * decodes + self.decode_per_kv_token_s * context_tokens
+
+    def prefill_work_s(self, new_tokens: float, context_tokens: float) -> float:
+        """Seconds of prefill work for ``new_tokens`` behind ``context_tokens`` already computed; no base, no decodes."""
+        return new_tokens * (
+            self.prefill_per_token_s + self.prefill_per_token_context_s * (context_tokens + new_tokens / 2)
+        )
+
+    def scaled(self, factor: float) -> "StepLaw":
+        """The law of an engine on which every step takes ``factor`` times as long (time scale, online correction)."""
+        return StepLaw(
+            base_s=self.base_s * factor,
+            decode_per_seq_s=self.decode_per_seq_s * factor,
+            decode_per_kv_token_s=self.decode_per_kv_token_s * factor,
+            prefill_per_token_s=self.prefill_per_token_s * factor,
+            prefill_per_token_context_s=self.prefill_per_token_context_s * factor,
+        )
+
+
+class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """GPU type x parallel sizes x engine flags, with its speed.
+
+    ``name`` is the key everywhere ("h100-8b-tp1"). ``source`` says where the constants come from.
+    """
+
+    name: str
+    gpu: str
+    model_class: str
+    law: StepLaw
+    kv_capacity_tokens: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    expert_parallel: bool = False
+    block_size_tokens: int = 16
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_model_len_tokens: int = 131_072
+    usd_per_hour: float | None = None
+    source: str = ""
+
+    def prefill_s(self, uncached_tokens: float, cached_tokens: float) -> float:
+        """Seconds to prefill ``uncached_tokens`` behind ``cached_tokens`` on an otherwise idle engine (own)."""
+        if uncached_tokens <= 0:
+            return self.law.base_s
+        steps = math.ceil(uncached_tokens / self.max_num_batched_tokens)
+        return steps * self.law.base_s + self.law.prefill_work_s(uncached_tokens, cached_tokens)
+
+    def capacity_tokens_s(self) -> float:
+        """Prefill throughput in tokens/s on 4k-token prompts: the ring weight and the unit of capacity."""
+        tokens = 4096
+        return tokens / self.prefill_s(tokens, 0)
+
+    def scaled(self, factor: float) -> "EngineProfile":
+        """This profile with every step ``factor`` times as long."""
+        return msgspec.structs.replace(self, law=self.law.scaled(factor))
