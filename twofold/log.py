@@ -15,7 +15,7 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"ts": ..., "level": ..., "process": ..., "logger": ..., "msg": ..., <extras>}``; ``error`` holds the exception text."""
+    """``{"ts", "level", "process", "pid", "logger", "msg", <extras>}``; ``error`` holds the exception text."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

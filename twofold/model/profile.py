@@ -21,7 +21,7 @@ class StepLaw(msgspec.Struct, frozen=True, kw_only=True):
     prefill_per_token_context_s: float
 
     def decode_s(self, decodes: int, context_tokens: float) -> float:
-        """Seconds that ``decodes`` running sequences with ``context_tokens`` in all add to one step, base included."""
+        """Seconds of a step of ``decodes`` running sequences with ``context_tokens`` in all, base included."""
         return self.base_s + self.decode_per_seq_s * decodes + self.decode_per_kv_token_s * context_tokens
 
     def prefill_work_s(self, new_tokens: float, context_tokens: float) -> float:
