@@ -1,0 +1,60 @@
+# Everything is set up by the targets themselves; a fresh Debian/Ubuntu needs python3 (>= 3.11) with venv, and make.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+ENGINE ?= emulated
+TRACE ?=
+PYTEST_ARGS ?=
+
+.PHONY: help demo up test test-source test-wheel test-vllm lint proto lock replay-mooncake bench-decision clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+$(STAMP): requirements/dev.lock pyproject.toml
+	@scripts/setup.sh "$(PYTHON)" "$(VENV)"
+
+setup: $(STAMP) ## create .venv with pinned dependencies
+
+demo: $(STAMP) ## one workload under three routing policies (ENGINE=vllm: two real engines)
+	@ENGINE=$(ENGINE) scripts/demo.sh
+
+up: $(STAMP) ## keep a fleet running (FLEET=fleet.yaml, ENGINE=emulated|vllm)
+	@ENGINE=$(ENGINE) scripts/up.sh $(FLEET)
+
+test: lint test-source test-wheel ## every test that needs no multi-GB download
+
+lint: $(STAMP) ## ruff, mypy --strict, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-source: $(STAMP)
+	$(BIN)/python -m pytest tests --ignore tests/vllm $(PYTEST_ARGS)
+
+test-wheel: $(STAMP)
+	@scripts/test_wheel.sh $(PYTEST_ARGS)
+
+test-vllm: $(STAMP) ## tests on two real vLLM engines (installs vLLM CPU, several GB, outside the checkout)
+	@scripts/test_vllm.sh $(PYTEST_ARGS)
+
+replay-mooncake: $(STAMP) ## replay TRACE=path of a Mooncake trace through 2 replicas x 2 relays, 16 engines
+	@test -n "$(TRACE)" || { echo "usage: make replay-mooncake TRACE=path/to/mooncake_trace.jsonl[.gz]" >&2; exit 2; }
+	@$(BIN)/twofold demo --workload mooncake --trace "$(TRACE)" $(ARGS)
+
+bench-decision: $(STAMP) ## cost of one routing decision
+	@$(BIN)/python benchmarks/bench_decision.py
+
+proto: $(STAMP) ## generate twofold/v1 from proto/
+	@PYTHON=$(BIN)/python scripts/generate_proto.sh
+
+lock: $(STAMP) ## pin the dependencies anew
+	@PYTHON=$(BIN)/python scripts/lock.sh
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) build dist .run .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
