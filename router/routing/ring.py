@@ -1,0 +1,57 @@
+"""Lookup on the two consistent-hash rings: the four home targets of a key."""
+
+from bisect import bisect_left
+
+MAX_HOMES = 4
+
+
+class Ring:
+    """Sorted positions (64-bit) and the slot that owns each: two views over the bytes that ``ring_build`` made."""
+
+    __slots__ = ("_positions", "_slots")
+
+    def __init__(self, positions: memoryview, slots: memoryview) -> None:
+        self._positions = positions.cast("B").cast("Q")
+        self._slots = slots.cast("B").cast("H")
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def extend(self, key: int, homes: list[int], wanted: int) -> None:
+        """Appends successors of ``key`` that are not in ``homes`` yet until it has ``wanted`` of them."""
+        slots = self._slots
+        size = len(slots)
+        at = bisect_left(self._positions, key)
+        for _ in range(size):
+            if len(homes) >= wanted:
+                return
+            if at >= size:
+                at = 0
+            slot = slots[at]
+            if slot not in homes:
+                homes.append(slot)
+            at += 1
+
+
+class DualRing:
+    """Both rings of a pool.
+
+    ``version`` identifies the members and weights they were built from: equal versions give equal homes everywhere.
+    """
+
+    __slots__ = ("_a", "_b", "members", "version")
+
+    def __init__(self, version: str, members: int, a: Ring, b: Ring) -> None:
+        self.version = version
+        self.members = members
+        self._a = a
+        self._b = b
+
+    def homes(self, key: int) -> tuple[int, ...]:
+        """Slots of the key's first two distinct successors on ring A, then of the first two on ring B that differ
+        from those. Fewer where the pool has fewer members; of three, ring B names one."""
+        members = self.members
+        found: list[int] = []
+        self._a.extend(key, found, min(2, members))
+        self._b.extend(key, found, min(MAX_HOMES, members))
+        return tuple(found)
