@@ -22,15 +22,84 @@ class ControlError(Exception):
     """A frame that is too long or no message of this channel; the connection is of no more use."""
 
 
-class ExplainedDecision(msgspec.Struct, frozen=True, kw_only=True):
-    """A decision as a relay remembers it. ``at_s`` is seconds since the Unix epoch."""
+class ExplainedTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """One examined target of an explained decision; codes as text."""
 
-    decision: Decision
+    target_id: str
+    role: str
+    ineligible: str
+    cached_tokens: int
+    uncached_tokens: int
+    own_s: float
+    own_reference_s: float
+    wait_s: float
+    price_s: float
+    chosen: bool
+
+
+class ExplainedDecision(msgspec.Struct, frozen=True, kw_only=True):
+    """A decision as a relay remembers it, ready for the wire: codes are text, ``at_s`` is seconds since the Unix
+    epoch."""
+
+    request_id: str
     at_s: float
+    pool: str
+    policy: str
+    target_id: str
+    reason: str
+    key: int
+    key_depth: int
+    ring_version: str
+    prompt_tokens: int
+    predicted_ttft_s: float
     observed_ttft_s: float = 0.0
     """0 while unknown."""
     snapshot_epoch: int = 0
     snapshot_version: int = 0
+    examined: tuple[ExplainedTarget, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        decision: Decision,
+        *,
+        at_s: float,
+        observed_ttft_s: float = 0.0,
+        snapshot_epoch: int = 0,
+        snapshot_version: int = 0,
+    ) -> "ExplainedDecision":
+        """``decision`` with what only the relay knows of it: wall clock, observed TTFT, snapshot decided on."""
+        return cls(
+            request_id=decision.request_id,
+            at_s=at_s,
+            pool=decision.pool,
+            policy=decision.policy,
+            target_id=decision.target_id,
+            reason=decision.reason.value,
+            key=decision.key,
+            key_depth=decision.key_depth,
+            ring_version=decision.ring_version,
+            prompt_tokens=decision.prompt_tokens,
+            predicted_ttft_s=decision.predicted_ttft_s,
+            observed_ttft_s=observed_ttft_s,
+            snapshot_epoch=snapshot_epoch,
+            snapshot_version=snapshot_version,
+            examined=tuple(
+                ExplainedTarget(
+                    target_id=target.target_id,
+                    role=target.role.value,
+                    ineligible=target.ineligible.value,
+                    cached_tokens=target.cached_tokens,
+                    uncached_tokens=target.uncached_tokens,
+                    own_s=target.own_s,
+                    own_reference_s=target.own_reference_s,
+                    wait_s=target.wait_s,
+                    price_s=target.price_s,
+                    chosen=target.slot == decision.slot,
+                )
+                for target in decision.examined
+            ),
+        )
 
 
 class ExplainPast(msgspec.Struct, frozen=True, kw_only=True, tag="explain_past"):
