@@ -1,0 +1,1 @@
+"""Messages as tables and text for people, and as JSON or YAML for programs. No I/O, no clock."""
