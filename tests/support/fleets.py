@@ -1,0 +1,47 @@
+"""Fleet files for tests, on free ports."""
+
+import socket
+from typing import Any
+
+
+def free_port_base(count: int) -> int:
+    """First of ``count`` neighbouring ports that are all free now."""
+    for base in range(21_000, 60_000, 211):
+        sockets = []
+        try:
+            for port in range(base, base + count):
+                probe = socket.socket()
+                sockets.append(probe)
+                probe.bind(("127.0.0.1", port))
+            return base
+        except OSError:
+            continue
+        finally:
+            for probe in sockets:
+                probe.close()
+    raise RuntimeError("no free port range")
+
+
+def mapping(replicas: int = 2, relays: int = 1, engines: int = 4, **group: Any) -> dict[str, Any]:
+    """A fleet of emulated engines on free ports."""
+    base = free_port_base(40)
+    return {
+        "name": "test",
+        "control_plane": {"listen": f"127.0.0.1:{base}", "metrics": f"127.0.0.1:{base + 1}"},
+        "routers": {"replicas": replicas, "relays": relays, "port": base + 2, "admin_port": base + 8},
+        "pools": [
+            {
+                "name": "llama-8b",
+                "models": ["llama-3.1-8b", "default"],
+                "workers": [
+                    {
+                        "profile": "h100-8b-tp1",
+                        "engine": "emulated",
+                        "replicas": engines,
+                        "port_base": base + 16,
+                        **group,
+                    }
+                ],
+            }
+        ],
+    }
