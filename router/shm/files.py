@@ -25,6 +25,10 @@ class SharedMemoryError(Exception):
     """The shared files are missing, made for something else, in use, or there is no room for them."""
 
 
+class ReplicaInUseError(SharedMemoryError):
+    """A running replica holds the directory."""
+
+
 def check_replica_id(replica_id: str) -> str:
     """The id itself. Raises SharedMemoryError unless it matches ``[A-Za-z0-9._-]{1,128}`` and is no dot name."""
     if not _REPLICA_ID.match(replica_id) or replica_id in (".", ".."):
@@ -78,7 +82,7 @@ class DirectoryLock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 os.close(self._fd)
-                raise SharedMemoryError(f"{directory} is in use by a running replica") from None
+                raise ReplicaInUseError(f"{directory} is in use by a running replica") from None
             if self._is_current():
                 return
             os.close(self._fd)  # its last holder removed the file between our open and our lock
