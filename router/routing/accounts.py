@@ -71,7 +71,7 @@ class Load(NamedTuple):
         queued_s = self.queued_s
         if queued_s <= 0.0:
             return 0.0, 0.0
-        since_s = self.head_sent_s if self.head_sent_s > self.first_token_s else self.first_token_s
+        since_s = max(self.first_token_s, self.head_sent_s)
         elapsed_s = now_s - since_s
         head_s = self.head_work_s
         if elapsed_s <= 0.0:
@@ -80,7 +80,7 @@ class Load(NamedTuple):
             left_s = queued_s - elapsed_s
             return left_s, left_s / queued_s
         late_s = elapsed_s - head_s
-        left_s = queued_s - head_s + (late_s if late_s < _LATE_CAP_S else _LATE_CAP_S)
+        left_s = queued_s - head_s + (min(_LATE_CAP_S, late_s))
         share = (queued_s - head_s) / queued_s
         return left_s, share
 
@@ -146,9 +146,9 @@ def _add(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
         a_stored + b_stored,
         a_sent,
         a_work,
-        a_first if a_first > b_first else b_first,
+        max(b_first, a_first),
         a_fail + b_fail,
-        a_circuit if a_circuit > b_circuit else b_circuit,
+        max(b_circuit, a_circuit),
     )
 
 

@@ -1,8 +1,8 @@
 """Canonical prompt bytes: what a chat renders to, near enough, without the engine's template or tokenizer.
 
-Tools first, then the messages in order: role and content. Two bodies with the same meaning give the same bytes (white
-space, key order, escapes and text given as one part or several do not matter), and a conversation that goes on gives bytes
-that begin with those of its last turn. Images and other large parts are represented by a digest.
+Tools first, then the messages in order: role and content. Two bodies with the same meaning give the same bytes
+(white space, key order, escapes and text given as one part or several do not matter), and a conversation that goes
+on gives bytes that begin with those of its last turn. Images and other large parts are represented by a digest.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """From a request's bytes to the facts that routing needs. Never raises anything but BadRequest, whatever the bytes.
 
-Only the fields used here are decoded; wrong types elsewhere are the engine's to refuse. Where a prompt field has a shape
-this does not know, its raw JSON stands in for the canonical text: routing is then merely less clever.
+Only the fields used here are decoded; wrong types elsewhere are the engine's to refuse. Where a prompt field has a
+shape this does not know, its raw JSON stands in for the canonical text: routing is then merely less clever.
 """
 
 import math

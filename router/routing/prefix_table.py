@@ -1,9 +1,9 @@
 """What is probably cached where: a fixed-size set-associative table over shared memory, one region per writer.
 
-An entry says "this chunk chain was sent to that target when the target had stored so many tokens". It is stale once the
-target has stored more than its KV capacity since: an LRU cache has then turned over. Prompts are entered at the depths of
-``prefix.DEPTH_SCHEDULE`` only; every entry also names the deepest chunk of its prompt, so that the next turn of a
-conversation is recognised to the full depth of the last one.
+An entry says "this chunk chain was sent to that target when the target had stored so many tokens". It is stale once
+the target has stored more than its KV capacity since: an LRU cache has then turned over. Prompts are entered at the
+depths of ``prefix.DEPTH_SCHEDULE`` only; every entry also names the deepest chunk of its prompt, so that the next turn
+of a conversation is recognised to the full depth of the last one.
 """
 
 from collections.abc import Sequence

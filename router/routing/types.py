@@ -26,7 +26,7 @@ class Endpoint(enum.StrEnum):
     DETOKENIZE = "detokenize"
 
 
-class BadRequest(Exception):  # noqa: N818  (named after the HTTP status it becomes)
+class BadRequest(Exception):
     """A request the router answers itself: HTTP ``status``, text for the client, field at fault, reason code."""
 
     def __init__(
@@ -135,8 +135,6 @@ class ExaminedTarget(msgspec.Struct, frozen=True, gc=False):
     price_s: float = 0.0
     correction: float = 1.0
     """Observed / predicted prefill time of this target, as applied in ``own_s``."""
-    prefill_step_s: float = 0.0
-    """Step time that running decodes of the target see while this prompt prefills (the TPOT guard's figure)."""
 
     @property
     def predicted_ttft_s(self) -> float:
@@ -165,6 +163,8 @@ class Decision(msgspec.Struct, frozen=True):
     predicted_ttft_s: float = 0.0
     predicted_tpot_s: float = 0.0
     """Seconds per output token once it decodes beside what runs there now."""
+    tpot_effect_s: float = 0.0
+    """Seconds per output token that its prefill costs the streams already decoding there."""
     key: int = 0
     key_depth: int = 0
     """Chunks the ring key covers; 0 when the key is the request's own."""

@@ -1,0 +1,109 @@
+"""The price of a candidate: what it costs the fleet and how long the client waits (docs/routing.md)."""
+
+from collections.abc import Collection
+from math import ceil
+
+from router.routing.accounts import Load
+from router.routing.state import FleetView, PoolState, TargetState
+from router.routing.types import ExaminedTarget, RequestFeatures
+from twofold.model.reasons import Ineligible, TargetRole
+
+TYPICAL_OUTPUT_TOKENS = 256
+"""Over so many tokens the TPOT guard spreads the time that a prefill takes from the running decodes."""
+_ESTIMATE_SLACK = 0.5
+"""A prompt of estimated length is refused for its length only where half the estimate is already too long."""
+
+
+def refusal(
+    state: TargetState, load: Load, request: RequestFeatures, exclude: Collection[int], now_s: float
+) -> Ineligible:
+    """Why the target may not take the request; NONE where it may."""
+    if state.refusal:
+        return state.refusal
+    if state.slot in exclude:
+        return Ineligible.EXCLUDED
+    if load.circuit_until_s > now_s:
+        return Ineligible.CIRCUIT_OPEN
+    if load.inflight >= state.max_inflight:
+        return Ineligible.SATURATED
+    if request.adapter and not state.has_adapter(request.adapter):
+        return Ineligible.ADAPTER_MISSING
+    longest = state.max_model_len_tokens
+    if longest and request.prompt_tokens > longest:
+        tokens = request.prompt_tokens if request.prompt_tokens_exact else request.prompt_tokens * _ESTIMATE_SLACK
+        if tokens > longest:
+            return Ineligible.CONTEXT_TOO_LONG
+    return Ineligible.NONE
+
+
+def examine(
+    view: FleetView,
+    pool: PoolState,
+    state: TargetState,
+    role: TargetRole,
+    request: RequestFeatures,
+    alpha: float,
+    margin_s: float,
+    exclude: Collection[int],
+    now_s: float,
+) -> ExaminedTarget:
+    """Eligibility and price of one candidate: ``(1 - alpha) * own_reference + alpha * (own + wait) + margin``.
+
+    own: prefill of the uncached tokens behind the cached ones here; own_reference: the same at the pool's reference
+    speed, because a second on a slow GPU is cheap; wait: queued prefill work still to do, the rest of the running
+    iteration, and what the iterations needed cost besides prefill (base and decodes).
+    """
+    load = view.load(state.slot)
+    refused = refusal(state, load, request, exclude, now_s)
+    if refused:
+        return ExaminedTarget(state.slot, state.target_id, role, refused)
+    tokens = request.prompt_tokens
+    cached = 0
+    if request.chain:
+        chunks = view.cached_chunks(state, request.chain, load)
+        if chunks:
+            # The last prompt token is always computed: its logits give the first output token.
+            cached = min(int(chunks * request.chunk_tokens), tokens - 1)
+    uncached = tokens - cached
+    correction = state.correction
+    middle = cached + uncached * 0.5
+    own_s = uncached * (state.prefill_s + state.context_s * middle) * correction
+    own_reference_s = uncached * (pool.reference_prefill_s + pool.reference_context_s * middle)
+    step_s = (state.base_s + state.decode_s * load.decodes + state.decode_kv_s * load.kv_tokens) * correction
+    if load.queued_s > 0.0:
+        wait_s, share = load.remaining(now_s)
+        to_do = uncached + load.queued_tokens * share
+    else:
+        wait_s, to_do = 0.0, float(uncached)
+    room = state.batch_tokens - load.decodes
+    iterations = ceil(to_do / room) if room > 1.0 else ceil(to_do)
+    if load.decodes:
+        # An engine in the middle of a step is on average half through it.
+        wait_s += 0.5 * step_s
+    wait_s += iterations * step_s
+    price_s = (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s
+    return ExaminedTarget(
+        state.slot,
+        state.target_id,
+        role,
+        refused,
+        cached,
+        uncached,
+        own_s,
+        own_reference_s,
+        wait_s,
+        margin_s,
+        price_s,
+        correction,
+    )
+
+
+def tpot(state: TargetState, load: Load, request: RequestFeatures, own_s: float) -> tuple[float, float]:
+    """(seconds per output token of the request beside what runs there now, seconds per output token that its prefill
+    costs the running decodes, spread over TYPICAL_OUTPUT_TOKENS): the TPOT guard's figures."""
+    own_tpot_s = state.correction * (
+        state.base_s
+        + state.decode_s * (load.decodes + 1)
+        + state.decode_kv_s * (load.kv_tokens + request.prompt_tokens)
+    )
+    return own_tpot_s, own_s / TYPICAL_OUTPUT_TOKENS if load.decodes else 0.0
