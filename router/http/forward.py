@@ -1,0 +1,146 @@
+"""Which headers pass through the router, and the heads it writes on both sides."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from router.http.head import RequestHead, connection_tokens
+from router.http.response_head import ResponseHead
+
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"http2-settings",
+    }
+)
+# Credentials are for the router; accept-encoding would let a worker compress what the router must read; the rest
+# is rewritten.
+_NOT_TO_WORKERS = _HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"expect",
+    b"authorization",
+    b"x-api-key",
+    b"cookie",
+    b"accept-encoding",
+    b"x-request-id",
+}
+_NOT_TO_CLIENTS = _HOP_BY_HOP | {b"content-length", b"x-request-id", b"set-cookie"}
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+@-]{1,128}\Z")
+REQUEST_ID_HEADERS = (b"x-request-id", b"x-correlation-id", b"x-trace-id", b"request-id")
+
+REASONS = {
+    200: b"OK",
+    204: b"No Content",
+    400: b"Bad Request",
+    404: b"Not Found",
+    405: b"Method Not Allowed",
+    408: b"Request Timeout",
+    413: b"Content Too Large",
+    417: b"Expectation Failed",
+    429: b"Too Many Requests",
+    431: b"Request Header Fields Too Large",
+    500: b"Internal Server Error",
+    501: b"Not Implemented",
+    502: b"Bad Gateway",
+    503: b"Service Unavailable",
+    504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
+}
+
+
+def client_request_id(head: RequestHead) -> bytes | None:
+    """The id that the client gave, where it is short and harmless."""
+    for name in REQUEST_ID_HEADERS:
+        value = head.fields.get(name)
+        if value is not None and _REQUEST_ID.match(value):
+            return value
+    return None
+
+
+def request_to_worker(
+    head: RequestHead,
+    prefix: bytes,
+    host: bytes,
+    body_bytes: int,
+    request_id: bytes,
+    data_parallel_rank: int | None,
+) -> bytes:
+    """Head of the request as the worker gets it: same method, target (behind ``prefix``) and unknown headers."""
+    dropped = _NOT_TO_WORKERS
+    if b"connection" in head.fields:
+        named = connection_tokens(head.headers)
+        if not named <= _CONNECTION_WORDS:
+            dropped = dropped | (named - _NEVER_DROPPED)
+    if data_parallel_rank is not None:
+        dropped = dropped | {b"x-data-parallel-rank"}
+    parts = [
+        b"%b %b%b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (head.method, prefix, head.target, host, request_id)
+    ]
+    parts += [b"%b: %b\r\n" % field for field in head.headers if field[0] not in dropped]
+    if data_parallel_rank is not None:
+        parts.append(b"x-data-parallel-rank: %d\r\n" % data_parallel_rank)
+    parts.append(b"content-length: %d\r\n\r\n" % body_bytes)
+    return b"".join(parts)
+
+
+_CONNECTION_WORDS = frozenset({b"keep-alive", b"close", b""})
+_NEVER_DROPPED = frozenset({b"content-type"})
+
+
+def response_to_client(
+    head: ResponseHead,
+    *,
+    extra: Iterable[tuple[bytes, bytes]],
+    content_length: int | None,
+    chunked: bool,
+    keep_alive: bool,
+    http10: bool,
+) -> bytes:
+    """Head of a worker's response as the client gets it.
+
+    Neither length nor chunked: the body ends with the connection.
+    """
+    return response_head(
+        head.status,
+        [field for field in head.headers if field[0] not in _NOT_TO_CLIENTS],
+        extra=extra,
+        content_length=content_length,
+        chunked=chunked,
+        keep_alive=keep_alive,
+        http10=http10,
+    )
+
+
+def response_head(
+    status: int,
+    headers: Sequence[tuple[bytes, bytes]],
+    *,
+    extra: Iterable[tuple[bytes, bytes]] = (),
+    content_length: int | None,
+    chunked: bool = False,
+    keep_alive: bool,
+    http10: bool = False,
+) -> bytes:
+    """A response head, its empty line included."""
+    parts = [b"HTTP/1.1 %d %b\r\n" % (status, REASONS.get(status, b"Status"))]
+    parts += [b"%b: %b\r\n" % field for field in headers]
+    parts += [b"%b: %b\r\n" % field for field in extra]
+    if chunked:
+        parts.append(b"transfer-encoding: chunked\r\n")
+    elif content_length is not None:
+        parts.append(b"content-length: %d\r\n" % content_length)
+    if not keep_alive:
+        parts.append(b"connection: close\r\n")
+    elif http10:
+        parts.append(b"connection: keep-alive\r\n")
+    parts.append(b"\r\n")
+    return b"".join(parts)

@@ -1,0 +1,133 @@
+"""What a relay counts. Hot-path figures are plain adds into shared memory; the agent renders them for all relays."""
+
+from bisect import bisect_left
+
+from router.shm.counters import CounterSlab, Histogram
+from twofold.model.histogram import END_TO_END_S, INTER_TOKEN_S, OVERHEAD_S, TTFT_S
+
+MAX_POOLS = 200
+
+
+class PoolMetrics:
+    """Series of one pool, looked up once."""
+
+    __slots__ = (
+        "_cells",
+        "_gap",
+        "cached_tokens",
+        "decisions",
+        "duration",
+        "events",
+        "inflight",
+        "prompt_tokens",
+        "ttft",
+    )
+
+    def __init__(self, metrics: "RelayMetrics", pool: str) -> None:
+        self._cells = metrics.slab.cells
+        self.ttft = metrics.ttft.series(pool)
+        self._gap = metrics.inter_token.series(pool)
+        self.duration = metrics.duration.series(pool)
+        self.inflight = metrics.inflight.cell(pool)
+        self.events = metrics.output_events.cell(pool)
+        self.prompt_tokens = metrics.prompt_tokens.cell(pool)
+        self.cached_tokens = metrics.cached_tokens.cell(pool)
+        self.decisions = metrics.decisions.cell(pool)
+
+    def add(self, cell: int, amount: float = 1.0) -> None:
+        """Add to a counter or gauge cell."""
+        self._cells[cell] += amount
+
+    def observe(self, histogram: Histogram, value_s: float) -> None:
+        """Count one value."""
+        cells = self._cells
+        cells[histogram.base + bisect_left(histogram.bounds, value_s)] += 1.0
+        cells[histogram.sum_cell] += value_s
+
+    def output(self, events: int, gap_s: float) -> None:
+        """``events`` arrived together, ``gap_s`` after those before them: each took an equal part of the gap."""
+        cells = self._cells
+        cells[self.events] += events
+        gap = self._gap
+        cells[gap.base + bisect_left(gap.bounds, gap_s / events)] += events
+        cells[gap.sum_cell] += gap_s
+
+
+class RelayMetrics:
+    """All series of one relay process."""
+
+    def __init__(self, slab: CounterSlab) -> None:
+        self.slab = slab
+        counter, gauge, histogram = slab.counter, slab.gauge, slab.histogram
+        self.requests = counter(
+            "twofold_requests_total",
+            "Requests answered, by pool and HTTP status (499: the client left)",
+            ("pool", "code"),
+        )
+        self.duration = histogram(
+            "twofold_request_duration_seconds",
+            "From the request's arrival to the end of its response",
+            END_TO_END_S,
+            ("pool",),
+            max_series=MAX_POOLS,
+        )
+        self.ttft = histogram(
+            "twofold_ttft_seconds",
+            "From the request's arrival to the first event",
+            TTFT_S,
+            ("pool",),
+            max_series=MAX_POOLS,
+        )
+        self.inter_token = histogram(
+            "twofold_inter_token_seconds",
+            "Between successive events of a stream",
+            INTER_TOKEN_S,
+            ("pool",),
+            max_series=MAX_POOLS,
+        )
+        self.inflight = gauge("twofold_inflight_requests", "Requests in progress", ("pool",), max_series=MAX_POOLS)
+        self.output_events = counter(
+            "twofold_output_events_total", "Events delivered to clients", ("pool",), max_series=MAX_POOLS
+        )
+        self.prompt_tokens = counter(
+            "twofold_prompt_tokens_total", "Prompt tokens routed, estimated from bytes", ("pool",), max_series=MAX_POOLS
+        )
+        self.cached_tokens = counter(
+            "twofold_cached_tokens_total",
+            "Prompt tokens expected in the chosen target's cache, estimated",
+            ("pool",),
+            max_series=MAX_POOLS,
+        )
+        self.decisions = counter(
+            "twofold_decisions_total", "Routing decisions, retries included", ("pool",), max_series=MAX_POOLS
+        )
+        self.decision = histogram(
+            "twofold_decision_seconds", "Time to parse a request, hash its prompt and decide", OVERHEAD_S
+        ).series()
+        self.retries = counter(
+            "twofold_retries_total", "Attempts repeated before the first byte, by cause", ("reason",)
+        )
+        self.rejects = counter("twofold_rejects_total", "Requests answered with an error by the router", ("reason",))
+        self.failures = counter("twofold_upstream_failures_total", "Attempts that failed, by kind", ("kind",))
+        self.disconnects = counter(
+            "twofold_client_disconnects_total", "Clients that left before the end of their response"
+        ).cell()
+        self.connections = gauge("twofold_client_connections", "Open client connections").cell()
+        self._pools: dict[str, PoolMetrics] = {}
+
+    def pool(self, name: str) -> PoolMetrics:
+        """The series of a pool."""
+        found = self._pools.get(name)
+        if found is None:
+            if len(self._pools) > 4 * MAX_POOLS:
+                self._pools.clear()
+            found = self._pools[name] = PoolMetrics(self, name)
+        return found
+
+    def reject(self, reason: str) -> None:
+        """Count an error made by the router."""
+        self.slab.inc(self.rejects.cell(reason))
+
+    def request(self, pool: str, code: int) -> None:
+        """Count an answered request."""
+        self.slab.inc(self.requests.cell(pool, str(code)))
