@@ -13,6 +13,7 @@ from routerctl.printers.text import (
     moment,
     number,
     pairs,
+    printable,
     render,
     share,
 )
@@ -61,7 +62,7 @@ def _target(target: fleet_pb2.Target, now_s: float) -> str:
     queries = load.prefix_queries_tokens
     rank = str(target.data_parallel_rank) if target.HasField("data_parallel_rank") else NOTHING
     place = [("Zone", target.zone), ("Node", target.node), ("Role", target.role)]
-    return f"\nTarget {target.target_id}:\n" + pairs(
+    return f"\nTarget {printable(target.target_id)}:\n" + pairs(
         [
             ("Status", status(target)),
             ("Conditions", listed(target.conditions)),
@@ -93,7 +94,7 @@ def _target(target: fleet_pb2.Target, now_s: float) -> str:
 def _profile(profile: fleet_pb2.EngineProfile) -> str:
     law = profile.law
     sizes = f"tensor {profile.tensor_parallel}, pipeline {profile.pipeline_parallel}, data {profile.data_parallel}"
-    return f"\nProfile {profile.name}:\n" + pairs(
+    return f"\nProfile {printable(profile.name)}:\n" + pairs(
         [
             ("GPU", profile.gpu),
             ("Model class", profile.model_class),

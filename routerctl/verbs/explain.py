@@ -17,7 +17,6 @@ from twofold.v1 import admin_pb2, router_pb2
 
 MAX_BODY_BYTES = 4 << 20
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-# The control plane's own wait for routers must end before ours for it does.
 _SERVER_SHARE, _SERVER_MIN_S, _SERVER_MAX_S = 0.6, 0.1, 30.0
 
 _DESCRIPTION = """Explain a past request (--request-id; every router is asked) or a request that is not sent
@@ -47,7 +46,7 @@ def register(verbs: Verbs, common: argparse.ArgumentParser) -> None:
 def _explain(arguments: argparse.Namespace, session: Session) -> int:
     past = arguments.request_id is not None
     subject = _past(arguments) if past else router_pb2.ExplainCommand(request=_hypothetical(arguments))
-    deadline_s = min(max(session.options.timeout_s * _SERVER_SHARE, _SERVER_MIN_S), _SERVER_MAX_S)
+    deadline_s = routers_deadline_s(session.options.timeout_s)
     with session.connect() as client:
         request = admin_pb2.ExplainRequest(subject=subject, deadline_s=deadline_s)
         answer = client.call(client.admin.Explain, request)
@@ -61,6 +60,12 @@ def _explain(arguments: argparse.Namespace, session: Session) -> int:
     if answer.silent_replicas:
         session.note(f"no answer from {', '.join(answer.silent_replicas)}")
     return 0
+
+
+def routers_deadline_s(timeout_s: float) -> float:
+    """How long the control plane may wait for routers: so that it answers before ``timeout_s``, within the bounds of
+    ``ExplainRequest.deadline_s``."""
+    return min(max(timeout_s * _SERVER_SHARE, _SERVER_MIN_S), _SERVER_MAX_S)
 
 
 def _past(arguments: argparse.Namespace) -> router_pb2.ExplainCommand:
