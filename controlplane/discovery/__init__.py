@@ -1,0 +1,1 @@
+"""Where workers come from: the fleet file and leases."""
