@@ -124,7 +124,10 @@ def _tokens(count: int) -> str:
 
 
 def _tiny(value_s: float) -> str:
-    return f"{value_s:.3g} s"
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if abs(value_s) * scale >= 1:
+            return f"{value_s * scale:.4g} {unit}"
+    return f"{value_s * 1e9:.4g} ns"
 
 
 def _ago(at_s: float, now_s: float) -> str:
