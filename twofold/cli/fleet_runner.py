@@ -106,7 +106,7 @@ class Fleet:
     async def stop(self) -> None:
         """Stop everything within bounds; afterwards no process of the fleet runs and its ports are free."""
         if self._channel is not None:
-            await self._channel.close()
+            await self._channel.close(None)
             self._channel = None
         await asyncio.gather(*(router.stop(ROUTER_GRACE_S + 5) for router in self.routers))
         self.routers = []
