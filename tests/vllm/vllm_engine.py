@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -52,6 +53,8 @@ ENGINE_ENV: dict[str, str] = {
     # ... nor the progress thread of UCX, where the NIXL connector is in use.
     "UCX_TLS": "tcp,self",
     "UCX_NET_DEVICES": "lo",
+    # Else the first request for logprobs compiles a kernel: seconds, and it needs a C++ compiler.
+    "TORCHDYNAMO_DISABLE": "1",
     # The proxy of the surroundings, if there is one, has no business with loopback.
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",
@@ -112,6 +115,7 @@ class VllmEngine:
     model: str = SERVED_MODEL
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
     _guard: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+    _sockets: Path = field(default=Path(), init=False, repr=False)
     _port_in_use: int = field(default=0, init=False, repr=False)
     _tries: int = field(default=0, init=False, repr=False)
 
@@ -143,6 +147,7 @@ class VllmEngine:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._port_in_use = self.port or free_port()
         self._tries += 1
+        self._sockets = Path(tempfile.mkdtemp(prefix="vllm-"))
         python = self.venv / "bin" / "python"
         env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_"))},
@@ -150,6 +155,8 @@ class VllmEngine:
             "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "VLLM_CACHE_ROOT": str(self.folder / "cache"),
             "VLLM_CONFIG_ROOT": str(self.folder / "config"),
+            # The path of a Unix socket holds 107 bytes: too few for pytest's folders below a long TMPDIR.
+            "VLLM_RPC_BASE_PATH": str(self._sockets),
             **self.env,
         }
         address = ["--host", "127.0.0.1", "--port", str(self._port_in_use)]
@@ -222,16 +229,17 @@ class VllmEngine:
         process, guard = self._process, self._guard
         if process is None or guard is None:
             return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        for member in _group(process.pid):
+            if not _tracks_resources(member):
+                _kill(member)
         process.wait(30)
-        deadline_s = time.monotonic() + 30
-        while left := _group(process.pid):
-            if time.monotonic() > deadline_s:
-                raise EngineFailed(f"processes survived SIGKILL: {left}")
-            psutil.wait_procs(left, timeout=1)
+        # With everybody else gone, Python's resource trackers remove the shared memory left behind, and end.
+        if not _wait_gone(process.pid, 5):
+            for member in _group(process.pid):
+                _kill(member)
+        if not _wait_gone(process.pid, 30):
+            raise EngineFailed(f"processes survived SIGKILL: {_group(process.pid)}")
+        shutil.rmtree(self._sockets, ignore_errors=True)
         guard.kill()
         guard.wait(30)
         _close(guard.stdin)
@@ -301,6 +309,30 @@ def _group(pgid: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
+
+
+def _tracks_resources(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _wait_gone(pgid: int, timeout_s: float) -> bool:
+    """Whether no live process of the group is left before the time is over."""
+    deadline_s = time.monotonic() + timeout_s
+    while left := _group(pgid):
+        if time.monotonic() > deadline_s:
+            return False
+        psutil.wait_procs(left, timeout=0.2)
+    return True
 
 
 def _close(stream: IO[bytes] | None) -> None:
