@@ -55,7 +55,8 @@ def splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def block_ids(keys: Sequence[int], block_tokens: int, tokens: int, *, salt: int = 0) -> Ids:
     """Word ids of the first ``tokens`` tokens of the blocks ``keys``, of ``block_tokens`` tokens each."""
-    starts = np.asarray(keys, dtype=np.uint64) ^ np.uint64(salt)
+    # The salt is mixed first: small salts and small keys would cancel out otherwise.
+    starts = np.asarray(keys, dtype=np.uint64) ^ splitmix64(np.array([salt], dtype=np.uint64))
     draws = -(-block_tokens // 4)
     counters = np.arange(1, draws + 1, dtype=np.uint64) * _GAMMA
     mixed = splitmix64(splitmix64(starts)[:, None] + counters[None, :])

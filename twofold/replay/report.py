@@ -145,7 +145,8 @@ def percent(value: float | None) -> str:
 def print_report(console: Console, report: RunReport) -> None:
     """The table of one run."""
     figures = report.figures
-    table = Table(title=f"replay of {report.workload}", title_justify="left", box=None, pad_edge=False)
+    console.print(f"replay of {report.workload}", style="bold", soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False)
     for column in ("", "p50", "p90", "p99"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("TTFT", *map(seconds, (figures.ttft_p50_s, figures.ttft_p90_s, figures.ttft_p99_s)))

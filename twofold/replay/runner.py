@@ -18,6 +18,7 @@ from twofold.replay.workload import Blocks, Dialogue, Fork, Session, Step
 
 AHEAD_S = 0.05
 """How long before it is due a session is taken up, so that its prompt is ready in time."""
+STOP_POLL_S = 0.25
 MAX_REQUESTS = 1_000_000
 MAX_SESSIONS = 4096
 
@@ -91,7 +92,7 @@ class LoadGenerator:
     @property
     def elapsed_s(self) -> float:
         """Seconds since the start of the run."""
-        return self._clock()
+        return max(0.0, self._clock())
 
     async def run(self, sessions: Iterator[Session]) -> None:
         """Send the workload; returns when every answer has come or failed. Raises WorkloadError."""
@@ -101,7 +102,7 @@ class LoadGenerator:
             await source.filled()
             gc.collect()
             gc.freeze()
-            self._zero_s = self._absolute()
+            self._zero_s = self._absolute() + AHEAD_S
             if self.options.duration_s > 0:
                 watch = asyncio.create_task(self._stop_after(self.options.duration_s))
             await self._dispatch(source)
@@ -162,7 +163,7 @@ class LoadGenerator:
     async def _pause_until(self, due_s: float) -> None:
         """Sleep of the dispatcher, cut into pieces so that a stop is seen."""
         while not self._stopping and (left_s := due_s - self._clock()) > 0:
-            await asyncio.sleep(min(left_s, 0.25))
+            await asyncio.sleep(min(left_s, STOP_POLL_S))
 
     async def _run_session(self, session: Session, due_s: float) -> None:
         talk = conversation(self.options.endpoint, self.options.salt)
@@ -178,7 +179,8 @@ class LoadGenerator:
             if index:
                 due_s = self._clock() + item.think_s / self.options.speed
             if not await self._step(item, talk, session.label, due_s):
-                self.skipped_steps += sum(1 for rest in items[index + 1 :] if isinstance(rest, Step))
+                if not self._stopping:
+                    self.skipped_steps += sum(1 for rest in items[index + 1 :] if isinstance(rest, Step))
                 return
 
     async def _step(self, step: Step, talk: Conversation, label: str, due_s: float) -> bool:
@@ -191,6 +193,8 @@ class LoadGenerator:
         if not await self._wait_for(due_s) or self._begun >= self._limit:
             return False
         self._begun += 1
+        if self._begun == self._limit:
+            self.stop()
         record = Record(
             request_id=f"{self.options.name}-{self._begun}", label=label, due_s=due_s, prompt_tokens=len(prompt.ids)
         )

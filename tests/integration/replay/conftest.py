@@ -14,7 +14,7 @@ Mangle = Callable[[int, list[str]], list[str]]
 
 
 class FakeOpenAI:
-    """Answers at once. ``mangle(request number, tokens)`` may change what is delivered; ``status``, ``cut_after`` break it."""
+    """Answers at once. ``mangle(request number, tokens)`` may change what is delivered; ``status`` breaks it."""
 
     def __init__(self) -> None:
         self.url = ""
