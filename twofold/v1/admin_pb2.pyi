@@ -22,6 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetFleetRequest(_message.Message):
+    """Asks for all of it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -37,6 +39,8 @@ Global___GetFleetRequest: _TypeAlias = GetFleetRequest  # noqa: Y015
 
 @_typing.final
 class ListRoutersRequest(_message.Message):
+    """Asks for all of them."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -52,6 +56,8 @@ Global___ListRoutersRequest: _TypeAlias = ListRoutersRequest  # noqa: Y015
 
 @_typing.final
 class RouterInfo(_message.Message):
+    """A router replica as the control plane knows it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
@@ -61,14 +67,19 @@ class RouterInfo(_message.Message):
     SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
     INFLIGHT_FIELD_NUMBER: _builtins.int
     connected: _builtins.bool
+    """Whether its report stream is open."""
     last_seen_s: _builtins.float
     """Seconds since its last message."""
     snapshot_epoch: _builtins.int
+    """Epoch of the snapshot it was sent last."""
     snapshot_version: _builtins.int
+    """Version of the snapshot it was sent last."""
     inflight: _builtins.int
     """Requests in flight over all targets."""
     @_builtins.property
-    def hello(self) -> _router_pb2.RouterHello: ...
+    def hello(self) -> _router_pb2.RouterHello:
+        """How it introduced itself."""
+
     def __init__(
         self,
         *,
@@ -89,11 +100,15 @@ Global___RouterInfo: _TypeAlias = RouterInfo  # noqa: Y015
 
 @_typing.final
 class ListRoutersResponse(_message.Message):
+    """Router replicas."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterInfo]: ...
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterInfo]:
+        """Sorted by replica_id."""
+
     def __init__(
         self,
         *,
@@ -109,10 +124,13 @@ Global___ListRoutersResponse: _TypeAlias = ListRoutersResponse  # noqa: Y015
 
 @_typing.final
 class DescribeWorkerRequest(_message.Message):
+    """The worker to describe."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Its id, not that of a target."""
     def __init__(
         self,
         *,
@@ -128,6 +146,8 @@ Global___DescribeWorkerRequest: _TypeAlias = DescribeWorkerRequest  # noqa: Y015
 
 @_typing.final
 class DescribeWorkerResponse(_message.Message):
+    """All that is known about a worker."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGETS_FIELD_NUMBER: _builtins.int
@@ -135,9 +155,13 @@ class DescribeWorkerResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]:
+        """One per data-parallel rank."""
+
     @_builtins.property
-    def profile(self) -> _fleet_pb2.EngineProfile: ...
+    def profile(self) -> _fleet_pb2.EngineProfile:
+        """Its engine profile."""
+
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetEvent]:
         """Latest first, at most 100."""
@@ -164,6 +188,8 @@ Global___DescribeWorkerResponse: _TypeAlias = DescribeWorkerResponse  # noqa: Y0
 
 @_typing.final
 class FleetEvent(_message.Message):
+    """Something that happened to a target."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     AT_S_FIELD_NUMBER: _builtins.int
@@ -173,8 +199,11 @@ class FleetEvent(_message.Message):
     at_s: _builtins.float
     """Seconds since the Unix epoch."""
     target_id: _builtins.str
+    """The target."""
     reason: _builtins.str
+    """Code: a TargetCondition, a Health or an administrator's verb."""
     message: _builtins.str
+    """The same in words."""
     def __init__(
         self,
         *,
@@ -193,6 +222,8 @@ Global___FleetEvent: _TypeAlias = FleetEvent  # noqa: Y015
 
 @_typing.final
 class RouterLoad(_message.Message):
+    """What one replica has running on one target, as in LoadTick."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
@@ -202,11 +233,17 @@ class RouterLoad(_message.Message):
     QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUED_PREFILL_S_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
+    """The replica."""
     target_id: _builtins.str
+    """The target."""
     inflight: _builtins.int
+    """Requests sent and not finished."""
     decodes: _builtins.int
+    """Requests in decode."""
     queued_prefill_tokens: _builtins.float
+    """Uncached prompt tokens whose first token has not come."""
     queued_prefill_s: _builtins.float
+    """The same as seconds of work on that target."""
     def __init__(
         self,
         *,
@@ -227,10 +264,13 @@ Global___RouterLoad: _TypeAlias = RouterLoad  # noqa: Y015
 
 @_typing.final
 class CordonRequest(_message.Message):
+    """The worker to cordon."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Its id."""
     def __init__(
         self,
         *,
@@ -246,11 +286,15 @@ Global___CordonRequest: _TypeAlias = CordonRequest  # noqa: Y015
 
 @_typing.final
 class CordonResponse(_message.Message):
+    """The worker after the change."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]:
+        """All its targets."""
+
     def __init__(
         self,
         *,
@@ -266,10 +310,13 @@ Global___CordonResponse: _TypeAlias = CordonResponse  # noqa: Y015
 
 @_typing.final
 class UncordonRequest(_message.Message):
+    """The worker to uncordon."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Its id."""
     def __init__(
         self,
         *,
@@ -285,11 +332,15 @@ Global___UncordonRequest: _TypeAlias = UncordonRequest  # noqa: Y015
 
 @_typing.final
 class UncordonResponse(_message.Message):
+    """The worker after the change."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGETS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]:
+        """All its targets."""
+
     def __init__(
         self,
         *,
@@ -305,10 +356,13 @@ Global___UncordonResponse: _TypeAlias = UncordonResponse  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
+    """The worker to drain; asking again reports how far it is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Its id."""
     def __init__(
         self,
         *,
@@ -324,6 +378,8 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
+    """How far the drain is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGETS_FIELD_NUMBER: _builtins.int
@@ -334,7 +390,9 @@ class DrainResponse(_message.Message):
     safe_to_delete: _builtins.bool
     """True when the worker may be stopped."""
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]:
+        """All targets of the worker."""
+
     def __init__(
         self,
         *,
@@ -352,6 +410,8 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):
+    """The decision that is asked for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUBJECT_FIELD_NUMBER: _builtins.int
@@ -359,7 +419,9 @@ class ExplainRequest(_message.Message):
     deadline_s: _builtins.float
     """0.1..30 s; default 3."""
     @_builtins.property
-    def subject(self) -> _router_pb2.ExplainCommand: ...
+    def subject(self) -> _router_pb2.ExplainCommand:
+        """A past request or a hypothetical one."""
+
     def __init__(
         self,
         *,
@@ -376,12 +438,16 @@ Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
 @_typing.final
 class ExplainResponse(_message.Message):
+    """What the routers answered."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DECISIONS_FIELD_NUMBER: _builtins.int
     SILENT_REPLICAS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[_router_pb2.Decision]: ...
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[_router_pb2.Decision]:
+        """One per router that knows the request."""
+
     @_builtins.property
     def silent_replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replicas that did not answer in time."""
@@ -402,6 +468,8 @@ Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
 class GetPolicyRequest(_message.Message):
+    """Asks for the policy in force."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -417,6 +485,8 @@ Global___GetPolicyRequest: _TypeAlias = GetPolicyRequest  # noqa: Y015
 
 @_typing.final
 class SetPolicyRequest(_message.Message):
+    """Fields to change."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -459,6 +529,8 @@ Global___SetPolicyRequest: _TypeAlias = SetPolicyRequest  # noqa: Y015
 
 @_typing.final
 class TopRequest(_message.Message):
+    """Asks for the load now."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -474,17 +546,25 @@ Global___TopRequest: _TypeAlias = TopRequest  # noqa: Y015
 
 @_typing.final
 class TopResponse(_message.Message):
+    """Load of the fleet."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROUTERS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterTopEntry]: ...
+    def routers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterTopEntry]:
+        """Replicas that answered."""
+
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]:
+        """All targets with their engines' own load."""
+
     @_builtins.property
-    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterLoad]: ...
+    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouterLoad]:
+        """What each replica has running on each target."""
+
     def __init__(
         self,
         *,
@@ -502,13 +582,18 @@ Global___TopResponse: _TypeAlias = TopResponse  # noqa: Y015
 
 @_typing.final
 class RouterTopEntry(_message.Message):
+    """Load of one replica."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
+    """The replica."""
     @_builtins.property
-    def top(self) -> _router_pb2.RouterTop: ...
+    def top(self) -> _router_pb2.RouterTop:
+        """Its rates and latencies."""
+
     def __init__(
         self,
         *,

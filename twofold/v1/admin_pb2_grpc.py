@@ -93,13 +93,15 @@ class AdminServiceServicer:
     """
 
     def GetFleet(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The whole fleet as routers see it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRouters(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Router replicas, those that were lost a short while ago included.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -119,7 +121,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Uncordon(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Takes back Cordon and Drain. NOT_FOUND for an unknown worker.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -140,7 +143,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPolicy(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The routing policy in force.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -153,7 +157,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Top(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Load of routers and targets now.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -35,12 +35,15 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetFleet: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetFleetRequest, _fleet_pb2.FleetSnapshot]
+    """The whole fleet as routers see it."""
     ListRouters: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListRoutersRequest, _admin_pb2.ListRoutersResponse]
+    """Router replicas, those that were lost a short while ago included."""
     DescribeWorker: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DescribeWorkerRequest, _admin_pb2.DescribeWorkerResponse]
     """NOT_FOUND for an unknown worker."""
     Cordon: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CordonRequest, _admin_pb2.CordonResponse]
     """No new work; running streams stay. NOT_FOUND for an unknown worker."""
     Uncordon: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]
+    """Takes back Cordon and Drain. NOT_FOUND for an unknown worker."""
     Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
     """Cordon, and let running streams end or leave. Reports what is still running."""
     Explain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]
@@ -48,9 +51,11 @@ class AdminServiceStub:
     UNAVAILABLE when no router is connected.
     """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _fleet_pb2.RoutingPolicy]
+    """The routing policy in force."""
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _fleet_pb2.RoutingPolicy]
     """Replaces the named fields; INVALID_ARGUMENT names an unknown or ill-valued one."""
     Top: _grpc.UnaryUnaryMultiCallable[_admin_pb2.TopRequest, _admin_pb2.TopResponse]
+    """Load of routers and targets now."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -58,12 +63,15 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetFleet: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetFleetRequest, _fleet_pb2.FleetSnapshot]  # type: ignore[assignment]
+    """The whole fleet as routers see it."""
     ListRouters: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListRoutersRequest, _admin_pb2.ListRoutersResponse]  # type: ignore[assignment]
+    """Router replicas, those that were lost a short while ago included."""
     DescribeWorker: _aio.UnaryUnaryMultiCallable[_admin_pb2.DescribeWorkerRequest, _admin_pb2.DescribeWorkerResponse]  # type: ignore[assignment]
     """NOT_FOUND for an unknown worker."""
     Cordon: _aio.UnaryUnaryMultiCallable[_admin_pb2.CordonRequest, _admin_pb2.CordonResponse]  # type: ignore[assignment]
     """No new work; running streams stay. NOT_FOUND for an unknown worker."""
     Uncordon: _aio.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]  # type: ignore[assignment]
+    """Takes back Cordon and Drain. NOT_FOUND for an unknown worker."""
     Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
     """Cordon, and let running streams end or leave. Reports what is still running."""
     Explain: _aio.UnaryUnaryMultiCallable[_admin_pb2.ExplainRequest, _admin_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -71,9 +79,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     UNAVAILABLE when no router is connected.
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetPolicyRequest, _fleet_pb2.RoutingPolicy]  # type: ignore[assignment]
+    """The routing policy in force."""
     SetPolicy: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetPolicyRequest, _fleet_pb2.RoutingPolicy]  # type: ignore[assignment]
     """Replaces the named fields; INVALID_ARGUMENT names an unknown or ill-valued one."""
     Top: _aio.UnaryUnaryMultiCallable[_admin_pb2.TopRequest, _admin_pb2.TopResponse]  # type: ignore[assignment]
+    """Load of routers and targets now."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the control plane to operators."""
@@ -83,14 +93,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.GetFleetRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fleet_pb2.FleetSnapshot, _abc.Awaitable[_fleet_pb2.FleetSnapshot]]: ...
+    ) -> _typing.Union[_fleet_pb2.FleetSnapshot, _abc.Awaitable[_fleet_pb2.FleetSnapshot]]:
+        """The whole fleet as routers see it."""
 
     @_abc_1.abstractmethod
     def ListRouters(
         self,
         request: _admin_pb2.ListRoutersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.ListRoutersResponse, _abc.Awaitable[_admin_pb2.ListRoutersResponse]]: ...
+    ) -> _typing.Union[_admin_pb2.ListRoutersResponse, _abc.Awaitable[_admin_pb2.ListRoutersResponse]]:
+        """Router replicas, those that were lost a short while ago included."""
 
     @_abc_1.abstractmethod
     def DescribeWorker(
@@ -113,7 +125,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.UncordonRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.UncordonResponse, _abc.Awaitable[_admin_pb2.UncordonResponse]]: ...
+    ) -> _typing.Union[_admin_pb2.UncordonResponse, _abc.Awaitable[_admin_pb2.UncordonResponse]]:
+        """Takes back Cordon and Drain. NOT_FOUND for an unknown worker."""
 
     @_abc_1.abstractmethod
     def Drain(
@@ -138,7 +151,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.GetPolicyRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_fleet_pb2.RoutingPolicy, _abc.Awaitable[_fleet_pb2.RoutingPolicy]]: ...
+    ) -> _typing.Union[_fleet_pb2.RoutingPolicy, _abc.Awaitable[_fleet_pb2.RoutingPolicy]]:
+        """The routing policy in force."""
 
     @_abc_1.abstractmethod
     def SetPolicy(
@@ -153,6 +167,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admin_pb2.TopRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_admin_pb2.TopResponse, _abc.Awaitable[_admin_pb2.TopResponse]]: ...
+    ) -> _typing.Union[_admin_pb2.TopResponse, _abc.Awaitable[_admin_pb2.TopResponse]]:
+        """Load of routers and targets now."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

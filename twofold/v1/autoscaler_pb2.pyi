@@ -22,10 +22,13 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class WatchDemandRequest(_message.Message):
+    """How often to send demand."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INTERVAL_S_FIELD_NUMBER: _builtins.int
     interval_s: _builtins.float
+    """Seconds between two messages, 1..300."""
     def __init__(
         self,
         *,
@@ -52,10 +55,15 @@ class Demand(_message.Message):
     at_s: _builtins.float
     """Seconds since the Unix epoch."""
     interval_s: _builtins.float
+    """Seconds covered."""
     @_builtins.property
-    def pools(self) -> _containers.RepeatedCompositeFieldContainer[_router_pb2.PoolDemand]: ...
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[_router_pb2.PoolDemand]:
+        """Demand by pool, summed over routers."""
+
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[_fleet_pb2.Target]:
+        """The fleet at that moment."""
+
     def __init__(
         self,
         *,
@@ -86,9 +94,13 @@ class DesiredPool(_message.Message):
     ROUTING_SHARE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
+    """Name of the pool."""
     profile: _builtins.str
+    """Name of the engine profile."""
     replicas: _builtins.int
+    """Workers wanted."""
     zone: _builtins.str
+    """Failure zone; "" for any."""
     routing_share: _builtins.float
     """Share of the pool's traffic meant for these replicas, 0..1; 0 leaves it to capacity."""
     generation: _builtins.int
@@ -118,6 +130,8 @@ Global___DesiredPool: _TypeAlias = DesiredPool  # noqa: Y015
 
 @_typing.final
 class Plan(_message.Message):
+    """Desired state of some pools."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POOLS_FIELD_NUMBER: _builtins.int
@@ -125,7 +139,9 @@ class Plan(_message.Message):
     reason: _builtins.str
     """Why, for the audit trail; at most 4096 characters."""
     @_builtins.property
-    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___DesiredPool]: ...
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___DesiredPool]:
+        """One per pool, profile and zone."""
+
     def __init__(
         self,
         *,
@@ -142,6 +158,8 @@ Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
 @_typing.final
 class GetPlanRequest(_message.Message):
+    """Asks for all pools."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -157,11 +175,15 @@ Global___GetPlanRequest: _TypeAlias = GetPlanRequest  # noqa: Y015
 
 @_typing.final
 class PlanStatus(_message.Message):
+    """Desired and real state of all pools."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POOLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___DesiredPoolStatus]: ...
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___DesiredPoolStatus]:
+        """One per pool, profile and zone."""
+
     def __init__(
         self,
         *,
@@ -177,6 +199,8 @@ Global___PlanStatus: _TypeAlias = PlanStatus  # noqa: Y015
 
 @_typing.final
 class DesiredPoolStatus(_message.Message):
+    """How far one desired state is reached."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DESIRED_FIELD_NUMBER: _builtins.int
@@ -185,12 +209,17 @@ class DesiredPoolStatus(_message.Message):
     RESTARTING_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     running: _builtins.int
+    """Workers whose process runs."""
     ready: _builtins.int
+    """Workers that take work."""
     restarting: _builtins.int
+    """Workers that wait for their next start after a failure."""
     message: _builtins.str
     """Last failure, "" when none."""
     @_builtins.property
-    def desired(self) -> Global___DesiredPool: ...
+    def desired(self) -> Global___DesiredPool:
+        """What is wanted."""
+
     def __init__(
         self,
         *,

@@ -30,9 +30,11 @@ class _Health:
 class _HealthEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Health.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     HEALTH_UNSPECIFIED: _Health.ValueType  # 0
+    """Never sent."""
     HEALTH_STARTING: _Health.ValueType  # 1
     """Started, no successful probe yet."""
     HEALTH_HEALTHY: _Health.ValueType  # 2
+    """Probes succeed: may take work."""
     HEALTH_SUSPECT: _Health.ValueType  # 3
     """Failing, not yet given up: no new work, running streams stay."""
     HEALTH_GONE: _Health.ValueType  # 4
@@ -44,9 +46,11 @@ class Health(_Health, metaclass=_HealthEnumTypeWrapper):
     """Liveness of a target as the control plane believes it."""
 
 HEALTH_UNSPECIFIED: Health.ValueType  # 0
+"""Never sent."""
 HEALTH_STARTING: Health.ValueType  # 1
 """Started, no successful probe yet."""
 HEALTH_HEALTHY: Health.ValueType  # 2
+"""Probes succeed: may take work."""
 HEALTH_SUSPECT: Health.ValueType  # 3
 """Failing, not yet given up: no new work, running streams stay."""
 HEALTH_GONE: Health.ValueType  # 4
@@ -69,10 +73,15 @@ class StepLaw(_message.Message):
     PREFILL_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
     PREFILL_PER_TOKEN_CONTEXT_S_FIELD_NUMBER: _builtins.int
     base_s: _builtins.float
+    """Seconds of a step that does nothing else."""
     decode_per_seq_s: _builtins.float
+    """Seconds per running sequence."""
     decode_per_kv_token_s: _builtins.float
+    """Seconds per token of context that a decode reads."""
     prefill_per_token_s: _builtins.float
+    """Seconds per prompt token."""
     prefill_per_token_context_s: _builtins.float
+    """Seconds per prompt token and token before it (attention)."""
     def __init__(
         self,
         *,
@@ -120,21 +129,29 @@ class EngineProfile(_message.Message):
     kv_capacity_tokens: _builtins.int
     """Tokens of KV cache the engine can hold."""
     tensor_parallel: _builtins.int
+    """GPUs that share each layer; 0 means 1."""
     pipeline_parallel: _builtins.int
+    """Pipeline stages; 0 means 1."""
     data_parallel: _builtins.int
+    """Data-parallel ranks; 0 means 1."""
     expert_parallel: _builtins.bool
+    """Whether experts are spread over the ranks."""
     block_size_tokens: _builtins.int
+    """Tokens of one KV block; 0 means 16."""
     max_num_batched_tokens: _builtins.int
     """Token budget of one step."""
     max_num_seqs: _builtins.int
     """Most sequences in one step."""
     max_model_len_tokens: _builtins.int
+    """Longest prompt plus output, tokens."""
     usd_per_hour: _builtins.float
     """Price of the whole engine, US dollars per hour; absent when not known."""
     source: _builtins.str
     """Where the constants come from."""
     @_builtins.property
-    def law(self) -> Global___StepLaw: ...
+    def law(self) -> Global___StepLaw:
+        """Its speed."""
+
     def __init__(
         self,
         *,
@@ -179,16 +196,25 @@ class EngineFacts(_message.Message):
     SERVED_MODELS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
+    """Version of the engine's software."""
     block_size_tokens: _builtins.int
+    """Tokens of one KV block."""
     kv_capacity_tokens: _builtins.int
+    """Tokens of KV cache."""
     max_model_len_tokens: _builtins.int
+    """Longest prompt plus output, tokens."""
     hash_algorithm: _builtins.str
     """sha256, sha256_cbor, xxhash or xxhash_cbor."""
     tokenizer_digest: _builtins.str
+    """Digest of its tokenizer, equal for engines that split text alike."""
     @_builtins.property
-    def served_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def served_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the base model as the engine serves it."""
+
     @_builtins.property
-    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the adapters it has loaded."""
+
     def __init__(
         self,
         *,
@@ -227,14 +253,21 @@ class EngineLoad(_message.Message):
     observed_s: _builtins.float
     """Seconds since the Unix epoch, the prober's clock."""
     running: _builtins.int
+    """Requests in the running batch."""
     waiting: _builtins.int
+    """Requests queued in the engine."""
     kv_usage: _builtins.float
     """0..1."""
     prefix_queries_tokens: _builtins.int
+    """Tokens looked up in the prefix cache, since the engine's start."""
     prefix_hits_tokens: _builtins.int
+    """Tokens found there, since the engine's start."""
     prompt_tokens: _builtins.int
+    """Prompt tokens computed, since the engine's start."""
     generation_tokens: _builtins.int
+    """Tokens generated, since the engine's start."""
     preemptions: _builtins.int
+    """Requests preempted, since the engine's start."""
     def __init__(
         self,
         *,
@@ -283,6 +316,7 @@ class Target(_message.Message):
     target_id: _builtins.str
     """Unique; equal to worker_id, or "<worker_id>/<rank>"."""
     worker_id: _builtins.str
+    """Name of the worker, the same for all its ranks."""
     pool: _builtins.str
     """Name of its pool."""
     url: _builtins.str
@@ -296,12 +330,15 @@ class Target(_message.Message):
     data_parallel_rank: _builtins.int
     """Sent as X-data-parallel-rank when present."""
     health: Global___Health.ValueType
+    """Liveness as the control plane believes it."""
     cordoned: _builtins.bool
     """No new work, running streams stay."""
     draining: _builtins.bool
     """No new work, running streams leave."""
     zone: _builtins.str
+    """Failure zone; "" when not known."""
     node: _builtins.str
+    """Machine; "" when not known."""
     role: _builtins.str
     """"", "prefill" or "decode"."""
     incarnation: _builtins.int
@@ -311,9 +348,13 @@ class Target(_message.Message):
         """Codes of twofold.model.reasons.TargetCondition."""
 
     @_builtins.property
-    def facts(self) -> Global___EngineFacts: ...
+    def facts(self) -> Global___EngineFacts:
+        """What the engine said of itself."""
+
     @_builtins.property
-    def load(self) -> Global___EngineLoad: ...
+    def load(self) -> Global___EngineLoad:
+        """What the engine's metrics said last."""
+
     def __init__(
         self,
         *,
@@ -356,7 +397,9 @@ class Slo(_message.Message):
     TPOT_S_FIELD_NUMBER: _builtins.int
     PERCENTILE_FIELD_NUMBER: _builtins.int
     ttft_s: _builtins.float
+    """Time to first token, seconds."""
     tpot_s: _builtins.float
+    """Time per output token after the first, seconds."""
     percentile: _builtins.float
     """0..1."""
     def __init__(
@@ -395,6 +438,7 @@ class Pool(_message.Message):
     MAX_INFLIGHT_PER_TARGET_FIELD_NUMBER: _builtins.int
     SLO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Unique in the fleet."""
     upstream_model: _builtins.str
     """Name the engines serve it by, when it differs from models[0]."""
     reference_profile: _builtins.str
@@ -404,20 +448,29 @@ class Pool(_message.Message):
     bytes_per_token: _builtins.float
     """Prompt bytes per token, to estimate lengths without tokenising."""
     max_model_len_tokens: _builtins.int
+    """Longest prompt plus output, tokens; 0 when not known."""
     block_size_tokens: _builtins.int
+    """Tokens of one KV block that all engines of the pool use; 0 when not known."""
     hash_algorithm: _builtins.str
+    """Block hash that all engines of the pool use, as in EngineFacts; "" when not known."""
     tokenizer_digest: _builtins.str
+    """Tokenizer digest that all engines of the pool have; "" when not known."""
     kv_events: _builtins.bool
     """Whether the engines publish KV events."""
     max_inflight_per_target: _builtins.int
+    """Most requests that routers keep on one target at a time; 0 means 1024."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names by which clients ask for it: the served name first, aliases after it."""
 
     @_builtins.property
-    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Adapter names by which clients may ask as well."""
+
     @_builtins.property
-    def slo(self) -> Global___Slo: ...
+    def slo(self) -> Global___Slo:
+        """Latency target; absent means the default."""
+
     def __init__(
         self,
         *,
@@ -467,7 +520,9 @@ class RoutingPolicy(_message.Message):
     key_share: _builtins.float
     """A prefix is a ring key when its share of requests is at most key_share / number of targets."""
     key_half_life_s: _builtins.float
+    """Seconds after which a request counts half in a prefix's share."""
     key_min_count: _builtins.float
+    """Decayed count of requests from which a prefix's share is believed."""
     shed_ttft_s: _builtins.float
     """429 when the best predicted TTFT is above; 0 never sheds."""
     retry_budget_ratio: _builtins.float
@@ -505,17 +560,25 @@ class FleetSnapshot(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    """Life of the control plane."""
     version: _builtins.int
+    """Number of changes within the epoch."""
     @_builtins.property
-    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]:
+        """All pools."""
+
     @_builtins.property
-    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineProfile]: ...
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineProfile]:
+        """All profiles that targets and pools name."""
+
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]:
         """Sorted by target_id."""
 
     @_builtins.property
-    def policy(self) -> Global___RoutingPolicy: ...
+    def policy(self) -> Global___RoutingPolicy:
+        """Routing policy in force."""
+
     def __init__(
         self,
         *,
@@ -550,21 +613,35 @@ class FleetDelta(_message.Message):
     REMOVED_TARGETS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    """The reader must be in this epoch."""
     base_version: _builtins.int
     """The reader must be at this version."""
     version: _builtins.int
+    """The version after the change."""
     @_builtins.property
-    def upserted_pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]: ...
+    def upserted_pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pool]:
+        """New and changed pools."""
+
     @_builtins.property
-    def removed_pools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def removed_pools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of pools that are gone."""
+
     @_builtins.property
-    def upserted_profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineProfile]: ...
+    def upserted_profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineProfile]:
+        """New and changed profiles."""
+
     @_builtins.property
-    def upserted_targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]: ...
+    def upserted_targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]:
+        """New and changed targets."""
+
     @_builtins.property
-    def removed_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def removed_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of targets that are gone."""
+
     @_builtins.property
-    def policy(self) -> Global___RoutingPolicy: ...
+    def policy(self) -> Global___RoutingPolicy:
+        """New policy; absent when it did not change."""
+
     def __init__(
         self,
         *,
@@ -588,6 +665,8 @@ Global___FleetDelta: _TypeAlias = FleetDelta  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
+    """Who watches, and what it already holds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
@@ -598,6 +677,7 @@ class WatchRequest(_message.Message):
     epoch: _builtins.int
     """Last snapshot the reader holds; 0 when it has none."""
     version: _builtins.int
+    """Version of that snapshot."""
     def __init__(
         self,
         *,
@@ -615,14 +695,20 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
+    """One step of the stream; neither field set is a keepalive."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def snapshot(self) -> Global___FleetSnapshot: ...
+    def snapshot(self) -> Global___FleetSnapshot:
+        """The whole fleet: forget what was before."""
+
     @_builtins.property
-    def delta(self) -> Global___FleetDelta: ...
+    def delta(self) -> Global___FleetDelta:
+        """The change since the last message."""
+
     def __init__(
         self,
         *,
@@ -641,6 +727,8 @@ Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
 
 @_typing.final
 class RegisterRequest(_message.Message):
+    """A worker that announces itself."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
@@ -657,11 +745,15 @@ class RegisterRequest(_message.Message):
     url: _builtins.str
     """http://host:port, at most 512 characters."""
     pool: _builtins.str
+    """Name of the pool that it joins."""
     profile: _builtins.str
+    """Name of its engine profile."""
     data_parallel_size: _builtins.int
     """Data-parallel ranks behind the URL; 0 or 1 for a plain engine."""
     zone: _builtins.str
+    """Failure zone; "" when not known."""
     node: _builtins.str
+    """Machine; "" when not known."""
     lease_ttl_s: _builtins.float
     """5..600 s."""
     incarnation: _builtins.int
@@ -689,11 +781,14 @@ Global___RegisterRequest: _TypeAlias = RegisterRequest  # noqa: Y015
 
 @_typing.final
 class RegisterResponse(_message.Message):
+    """The lease that was granted."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     RENEW_WITHIN_S_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
+    """Needed to end the lease."""
     renew_within_s: _builtins.float
     """Renew within this time, seconds."""
     def __init__(
@@ -712,12 +807,16 @@ Global___RegisterResponse: _TypeAlias = RegisterResponse  # noqa: Y015
 
 @_typing.final
 class DeregisterRequest(_message.Message):
+    """The lease to end."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    """Worker of the lease."""
     lease_id: _builtins.str
+    """As given by Register."""
     def __init__(
         self,
         *,
@@ -734,6 +833,8 @@ Global___DeregisterRequest: _TypeAlias = DeregisterRequest  # noqa: Y015
 
 @_typing.final
 class DeregisterResponse(_message.Message):
+    """The lease has ended."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(

@@ -20,6 +20,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ReportRequest(_message.Message):
+    """From a replica."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HELLO_FIELD_NUMBER: _builtins.int
@@ -27,13 +29,21 @@ class ReportRequest(_message.Message):
     DEMAND_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___RouterHello: ...
+    def hello(self) -> Global___RouterHello:
+        """Who it is; first and once."""
+
     @_builtins.property
-    def load(self) -> Global___LoadTick: ...
+    def load(self) -> Global___LoadTick:
+        """Its load, every 20 ms while it changes."""
+
     @_builtins.property
-    def demand(self) -> Global___DemandTick: ...
+    def demand(self) -> Global___DemandTick:
+        """What clients asked of it."""
+
     @_builtins.property
-    def result(self) -> Global___CommandResult: ...
+    def result(self) -> Global___CommandResult:
+        """Answer to a command."""
+
     def __init__(
         self,
         *,
@@ -54,6 +64,8 @@ Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
 
 @_typing.final
 class ReportResponse(_message.Message):
+    """To a replica."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PEER_FIELD_NUMBER: _builtins.int
@@ -64,7 +76,9 @@ class ReportResponse(_message.Message):
         """Load of another replica, passed on as it came. Coalesced: one per replica and send."""
 
     @_builtins.property
-    def command(self) -> Global___RouterCommand: ...
+    def command(self) -> Global___RouterCommand:
+        """Something to do."""
+
     @_builtins.property
     def peer_gone(self) -> Global___PeerGone:
         """A replica left: forget its load."""
@@ -88,6 +102,8 @@ Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
 
 @_typing.final
 class RouterHello(_message.Message):
+    """A replica's introduction of itself."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
@@ -97,6 +113,7 @@ class RouterHello(_message.Message):
     RELAYS_FIELD_NUMBER: _builtins.int
     STARTED_S_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
+    """Stable name, [A-Za-z0-9._-]{1,128}."""
     version: _builtins.str
     """Of the twofold distribution."""
     admin_address: _builtins.str
@@ -104,6 +121,7 @@ class RouterHello(_message.Message):
     serving_url: _builtins.str
     """http://host:port that clients use."""
     relays: _builtins.int
+    """Number of its relay processes."""
     started_s: _builtins.float
     """Seconds since the Unix epoch."""
     def __init__(
@@ -146,7 +164,9 @@ class LoadTick(_message.Message):
     sequence: _builtins.int
     """Grows by one per tick of this replica's present stream."""
     @_builtins.property
-    def ordinals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def ordinals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Target.ordinal of each entry of the arrays below."""
+
     @_builtins.property
     def inflight(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Requests sent and not finished."""
@@ -211,6 +231,7 @@ class SentPrefix(_message.Message):
     ORDINAL_FIELD_NUMBER: _builtins.int
     HASHES_FIELD_NUMBER: _builtins.int
     ordinal: _builtins.int
+    """Target.ordinal that the prompt went to."""
     @_builtins.property
     def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Chunk chain hashes (xxh3-64) at the depths of twofold's depth schedule, shallow to deep."""
@@ -231,13 +252,18 @@ Global___SentPrefix: _TypeAlias = SentPrefix  # noqa: Y015
 
 @_typing.final
 class PeerLoad(_message.Message):
+    """A tick of another replica."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
+    """The replica it comes from."""
     @_builtins.property
-    def load(self) -> Global___LoadTick: ...
+    def load(self) -> Global___LoadTick:
+        """The tick."""
+
     def __init__(
         self,
         *,
@@ -254,10 +280,13 @@ Global___PeerLoad: _TypeAlias = PeerLoad  # noqa: Y015
 
 @_typing.final
 class PeerGone(_message.Message):
+    """A replica that is no longer connected."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
+    """Its name."""
     def __init__(
         self,
         *,
@@ -282,7 +311,9 @@ class DemandTick(_message.Message):
     interval_s: _builtins.float
     """Seconds covered."""
     @_builtins.property
-    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolDemand]: ...
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolDemand]:
+        """Pools with any demand."""
+
     def __init__(
         self,
         *,
@@ -299,6 +330,8 @@ Global___DemandTick: _TypeAlias = DemandTick  # noqa: Y015
 
 @_typing.final
 class PoolDemand(_message.Message):
+    """Demand for one pool; all fields but the name are counts over the interval."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POOL_FIELD_NUMBER: _builtins.int
@@ -311,16 +344,23 @@ class PoolDemand(_message.Message):
     TTFT_WITHIN_SLO_FIELD_NUMBER: _builtins.int
     TPOT_WITHIN_SLO_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
+    """Name of the pool."""
     requests: _builtins.int
+    """Requests that came in."""
     prompt_tokens: _builtins.int
+    """Prompt tokens of these requests."""
     cached_tokens: _builtins.int
     """Of prompt_tokens, believed to be in a cache at dispatch."""
     output_tokens: _builtins.int
+    """Tokens delivered to clients."""
     rejected: _builtins.int
     """Answered 429 or 503 by the router itself."""
     failed: _builtins.int
+    """Requests that ended in an error of the fleet."""
     ttft_within_slo: _builtins.int
+    """Requests whose first token came in time."""
     tpot_within_slo: _builtins.int
+    """Requests whose later tokens came in time."""
     def __init__(
         self,
         *,
@@ -354,15 +394,21 @@ class RouterCommand(_message.Message):
     DRAIN_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
+    """Unique on the stream."""
     deadline_s: _builtins.float
+    """Seconds from now; a later answer is dropped."""
     @_builtins.property
-    def explain(self) -> Global___ExplainCommand: ...
+    def explain(self) -> Global___ExplainCommand:
+        """Give the decision of a request."""
+
     @_builtins.property
     def drain(self) -> Global___DrainCommand:
         """Move streams off a target. Routers without migration answer UNIMPLEMENTED."""
 
     @_builtins.property
-    def top(self) -> Global___TopCommand: ...
+    def top(self) -> Global___TopCommand:
+        """Give rates and latencies."""
+
     def __init__(
         self,
         *,
@@ -384,6 +430,8 @@ Global___RouterCommand: _TypeAlias = RouterCommand  # noqa: Y015
 
 @_typing.final
 class ExplainCommand(_message.Message):
+    """The request whose decision is asked for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -444,7 +492,9 @@ class HypotheticalRequest(_message.Message):
     body: _builtins.bytes
     """At most 4 MiB of JSON."""
     @_builtins.property
-    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def headers(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Request headers, names in lower case."""
+
     def __init__(
         self,
         *,
@@ -462,12 +512,16 @@ Global___HypotheticalRequest: _TypeAlias = HypotheticalRequest  # noqa: Y015
 
 @_typing.final
 class DrainCommand(_message.Message):
+    """Streams to move."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGET_ID_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     target_id: _builtins.str
+    """The target to leave."""
     deadline_s: _builtins.float
+    """Seconds within which all streams should have left."""
     def __init__(
         self,
         *,
@@ -484,6 +538,8 @@ Global___DrainCommand: _TypeAlias = DrainCommand  # noqa: Y015
 
 @_typing.final
 class TopCommand(_message.Message):
+    """Asks for RouterTop."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -499,6 +555,8 @@ Global___TopCommand: _TypeAlias = TopCommand  # noqa: Y015
 
 @_typing.final
 class CommandResult(_message.Message):
+    """Answer of a replica to one command."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     COMMAND_ID_FIELD_NUMBER: _builtins.int
@@ -508,14 +566,21 @@ class CommandResult(_message.Message):
     DECISIONS_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
+    """The command that is answered."""
     replica_id: _builtins.str
+    """The replica that answers."""
     code: _builtins.int
     """google.rpc.Code; 0 is OK."""
     message: _builtins.str
+    """Why it failed, "" when it did not."""
     @_builtins.property
-    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]: ...
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """Answer to ExplainCommand."""
+
     @_builtins.property
-    def top(self) -> Global___RouterTop: ...
+    def top(self) -> Global___RouterTop:
+        """Answer to TopCommand."""
+
     def __init__(
         self,
         *,
@@ -558,13 +623,17 @@ class Decision(_message.Message):
     SNAPSHOT_EPOCH_FIELD_NUMBER: _builtins.int
     SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    """Its x-request-id; "" for a hypothetical request."""
     replica_id: _builtins.str
+    """Replica that decided."""
     relay: _builtins.int
     """Index of the relay process that decided."""
     at_s: _builtins.float
     """Seconds since the Unix epoch."""
     pool: _builtins.str
+    """Pool that serves the model."""
     policy: _builtins.str
+    """Name of the policy that decided."""
     target_id: _builtins.str
     """Empty when rejected."""
     reason: _builtins.str
@@ -572,16 +641,23 @@ class Decision(_message.Message):
     ring_key: _builtins.str
     """Ring key in hexadecimal, and the number of chunks it covers."""
     key_depth: _builtins.int
+    """Chunks covered by the ring key."""
     ring_version: _builtins.str
+    """Version of the pool's rings; equal on replicas that see the same members and weights."""
     prompt_tokens: _builtins.int
+    """Length of the prompt, tokens, estimated when it was not tokenised."""
     predicted_ttft_s: _builtins.float
+    """Time to first token that was expected, seconds."""
     observed_ttft_s: _builtins.float
     """Seconds; 0 while unknown."""
     snapshot_epoch: _builtins.int
     """Version of the snapshot decided on."""
     snapshot_version: _builtins.int
+    """Version within that epoch."""
     @_builtins.property
-    def examined(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExaminedTarget]: ...
+    def examined(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExaminedTarget]:
+        """Every target looked at."""
+
     def __init__(
         self,
         *,
@@ -613,6 +689,8 @@ Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class ExaminedTarget(_message.Message):
+    """One target that was looked at, with the parts of its price."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGET_ID_FIELD_NUMBER: _builtins.int
@@ -626,17 +704,25 @@ class ExaminedTarget(_message.Message):
     PRICE_S_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
     target_id: _builtins.str
+    """The target."""
     role: _builtins.str
     """TargetRole."""
     ineligible: _builtins.str
     """Ineligible code, "" when eligible."""
     cached_tokens: _builtins.int
+    """Leading prompt tokens believed to be cached or queued there."""
     uncached_tokens: _builtins.int
+    """The other prompt tokens."""
     own_s: _builtins.float
+    """Seconds of prefill for the uncached tokens on this target."""
     own_reference_s: _builtins.float
+    """The same at the pool's reference speed, seconds."""
     wait_s: _builtins.float
+    """Seconds before its prefill would begin."""
     price_s: _builtins.float
+    """What the policy compares, seconds."""
     chosen: _builtins.bool
+    """Whether the request went there."""
     def __init__(
         self,
         *,
@@ -661,6 +747,8 @@ Global___ExaminedTarget: _TypeAlias = ExaminedTarget  # noqa: Y015
 
 @_typing.final
 class RouterTop(_message.Message):
+    """Load of one replica over the last seconds."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INFLIGHT_FIELD_NUMBER: _builtins.int
@@ -671,12 +759,19 @@ class RouterTop(_message.Message):
     HIT_RATIO_FIELD_NUMBER: _builtins.int
     ERROR_RATIO_FIELD_NUMBER: _builtins.int
     inflight: _builtins.int
+    """Requests being served now."""
     requests_per_s: _builtins.float
+    """Requests that came in, per second."""
     output_tokens_per_s: _builtins.float
+    """Tokens delivered to clients, per second."""
     ttft_p50_s: _builtins.float
+    """Median time to first token, seconds; 0 without requests."""
     ttft_p99_s: _builtins.float
+    """99th percentile of the time to first token, seconds; 0 without requests."""
     hit_ratio: _builtins.float
+    """Prompt tokens believed to be cached at dispatch, 0..1."""
     error_ratio: _builtins.float
+    """Requests that ended in an error, 0..1."""
     def __init__(
         self,
         *,
