@@ -196,7 +196,7 @@ class ChainChecker:
         return self.verified - before
 
     def finish(self, expected_tokens: int | None = None) -> None:
-        """End of the output. Raises ChainViolation if a token was wrong or cut short, or the count is not as expected."""
+        """End of the output. Raises ChainViolation if a token was wrong or cut short, or the count is wrong."""
         if self.violation is None and self._rest:
             self.violation = ChainViolation(self.verified, _PIECES[self._chain.peek()].decode(), self._rest)
         if self.violation is None and expected_tokens is not None and self.verified != expected_tokens:

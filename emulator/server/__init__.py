@@ -1,0 +1,1 @@
+"""The engine model on the real clock, behind vLLM's HTTP surface."""

@@ -1,0 +1,125 @@
+"""The admin port: statistics, and faults where they are enabled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import psutil
+
+from emulator.server.errors import error_body
+from emulator.server.faults import FaultError, FaultRequest
+from emulator.server.http import Exchange, HttpConnection
+from emulator.server.metrics import Histogram
+
+if TYPE_CHECKING:
+    from emulator.server.host import EngineHost
+
+log = logging.getLogger(__name__)
+
+
+class AdminApp:
+    """``GET /stats``; with faults enabled also ``GET|POST|DELETE /faults`` and ``POST /reset``."""
+
+    def __init__(self, hosts: list[EngineHost], *, faults_allowed: bool) -> None:
+        self.connections: set[HttpConnection] = set()
+        self.black_hole = False
+        self.closing = False
+        self._hosts = hosts
+        self._faults_allowed = faults_allowed
+        self._process = psutil.Process()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def connection_closed(self) -> None:
+        """Nothing to do."""
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer a request."""
+        route = (exchange.method, exchange.path)
+        if route == ("GET", "/stats"):
+            exchange.respond(200, msgspec.json.encode(self.stats()))
+        elif exchange.path not in ("/faults", "/reset"):
+            exchange.respond(404, b'{"detail":"Not Found"}')
+        elif not self._faults_allowed:
+            _refuse(exchange, 403, "faults are not enabled; start with --enable-fault-injection")
+        elif route == ("GET", "/faults"):
+            exchange.respond(200, msgspec.json.encode(self._described()))
+        elif route == ("POST", "/faults"):
+            self._run(exchange, self._add(exchange))
+        elif route == ("DELETE", "/faults"):
+            self._run(exchange, self._clear())
+        elif route == ("POST", "/reset"):
+            for host in self._hosts:
+                host.engine.reset()
+            exchange.respond(200, b"{}")
+        else:
+            exchange.respond(405, b'{"detail":"Method Not Allowed"}')
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the process and of each engine."""
+        memory, cpu = self._process.memory_info(), self._process.cpu_times()
+        return {
+            "rss_bytes": memory.rss,
+            "cpu_s": cpu.user + cpu.system,
+            "engines": [engine_stats(host) for host in self._hosts],
+        }
+
+    def _described(self) -> list[dict[str, Any]]:
+        return [{"engine": host.index, **host.engine.faults.describe()} for host in self._hosts]
+
+    async def _add(self, exchange: Exchange) -> None:
+        request = msgspec.json.decode(exchange.body, type=FaultRequest)
+        if not 0 <= request.engine < len(self._hosts):
+            raise FaultError(f"there is no engine {request.engine}")
+        await self._hosts[request.engine].apply_fault(request)
+        log.warning("fault injected", extra={"kind": request.kind, "engine": request.engine})
+
+    async def _clear(self) -> None:
+        for host in self._hosts:
+            await host.clear_faults()
+
+    def _run(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._answer(exchange, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except (FaultError, msgspec.DecodeError) as error:
+            _refuse(exchange, 400, str(error))
+        except OSError as error:
+            _refuse(exchange, 500, f"cannot listen again: {error.strerror}")
+        else:
+            exchange.respond(200, msgspec.json.encode(self._described()))
+
+
+def engine_stats(host: EngineHost) -> dict[str, Any]:
+    """Figures of one engine. Lateness quantiles are upper bounds of histogram buckets."""
+    metrics, engine = host.metrics, host.engine
+    return {
+        "engine": host.index,
+        "port": host.port,
+        "profile": host.profile.name,
+        "dead": engine.dead,
+        "requests": host.app.requests_seen,
+        "running": metrics.running,
+        "waiting": metrics.waiting,
+        "kv_usage": metrics.kv_usage,
+        **msgspec.structs.asdict(engine.model.counters),
+        "steps_resynced": engine.steps_resynced,
+        "lateness_s": _quantiles(metrics.lateness_s),
+        "lateness_ratio": _quantiles(metrics.lateness_ratio),
+        "faults": engine.faults.describe(),
+    }
+
+
+def _quantiles(histogram: Histogram) -> dict[str, float]:
+    return {"p50": histogram.quantile(0.5), "p99": histogram.quantile(0.99)}
+
+
+def _refuse(exchange: Exchange, status: int, message: str) -> None:
+    exchange.respond(status, error_body(message, "AdminError", None, status))

@@ -1,0 +1,238 @@
+"""``/v1/chat/completions``."""
+
+from typing import Any
+
+from emulator.server.completions import whole_usage
+from emulator.server.errors import ApiError, parameter_error, validation_error
+from emulator.server.generation import (
+    DONE_EVENT,
+    FINGERPRINT,
+    Call,
+    Choice,
+    Generation,
+    dumps,
+    usage_numbers,
+)
+from emulator.server.http import Exchange
+from emulator.server.settings import EngineSettings
+from emulator.server.validation import (
+    CHAT_FIELDS,
+    MAX_LOGPROBS,
+    Body,
+    check_sampling,
+    convert_fields,
+    default,
+    finding,
+    output_limit,
+    stop_strings,
+    stop_token_ids,
+    stream_options,
+)
+from emulator.tokens import END_ID, chat_prompt_ids, token_bytes
+
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+
+
+def validate(body: Body) -> None:
+    """The checks before the model is looked up. Raises ApiError."""
+    findings = convert_fields(body, CHAT_FIELDS)
+    messages = body.get("messages")
+    if messages is None:
+        findings.append(finding("missing", "body.messages", body))
+    elif not isinstance(messages, list):
+        findings.append(finding("list_type", "body.messages", messages))
+    if findings:
+        raise validation_error(findings)
+    stream_options(body)
+    top_logprobs = body.get("top_logprobs")
+    if top_logprobs is not None and not body.get("logprobs"):
+        raise parameter_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    if body.get("tool_choice") not in (None, "none") and not body.get("tools"):
+        raise parameter_error("When using `tool_choice`, `tools` must be set.", "tool_choice")
+
+
+def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
+    """The call of a validated body. Raises ApiError."""
+    prompt = prompt_ids(body, settings.model)
+    requested = body.get("max_completion_tokens")
+    if requested is None:
+        requested = body.get("max_tokens")
+    limit = output_limit(requested, len(prompt), settings.max_model_len)
+    top_logprobs = body.get("top_logprobs") or 0
+    if top_logprobs > MAX_LOGPROBS:
+        raise parameter_error(
+            f"Requested sample logprobs of {top_logprobs}, which is greater than max allowed: {MAX_LOGPROBS}",
+            "logprobs",
+            top_logprobs,
+        )
+    check_sampling(body, limit)
+    include_usage, continuous_usage = stream_options(body)
+    return Call(
+        prompts=[prompt],
+        max_tokens=[limit],
+        n=body.get("n") or 1,
+        stream=bool(body.get("stream")),
+        include_usage=include_usage,
+        continuous_usage=continuous_usage,
+        return_token_ids=bool(body.get("return_token_ids")),
+        stop=stop_strings(body),
+        include_stop=bool(body.get("include_stop_str_in_output")),
+        stop_token_ids=stop_token_ids(body),
+        min_tokens=body.get("min_tokens") or 0,
+        ignore_eos=bool(body.get("ignore_eos")),
+        natural_end=requested is None,
+        priority=priority,
+        cache_salt=body.get("cache_salt") or "",
+        temperature=default(body.get("temperature"), 1.0),
+        top_p=default(body.get("top_p"), 1.0),
+    )
+
+
+def prompt_ids(body: Body, model: str) -> list[int]:
+    """The prompt of a chat body under the built-in template. Raises ApiError."""
+    messages = body["messages"]
+    if not messages:
+        raise ApiError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise validation_error([finding("list_type", f"body.messages.{index}", message)])
+        content = message.get("content")
+        if isinstance(content, list):
+            _check_parts(content, model)
+    generate = body.get("add_generation_prompt", True) is not False
+    continues = bool(body.get("continue_final_message"))
+    if continues and generate:
+        raise ApiError("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    tools = body.get("tools")
+    ids = chat_prompt_ids(messages, tools if isinstance(tools, list) else None, add_generation_prompt=generate)
+    return ids[:-1] if continues and ids[-1] == END_ID else ids
+
+
+def _check_parts(parts: list[Any], model: str) -> None:
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind not in _TEXT_PARTS:
+            raise ApiError(f"{model} is not a multimodal model")
+
+
+class ChatGeneration(Generation):
+    """A running ``/v1/chat/completions`` call."""
+
+    def __init__(self, exchange: Exchange, *args: Any, **kwargs: Any) -> None:
+        super().__init__(exchange, *args, **kwargs)
+        call = self.call
+        self.fast = call.stream and not (call.stop or call.return_token_ids or call.continuous_usage)
+        self._prefix = (
+            f'{{"id":{dumps(self.response_id).decode()},"object":"chat.completion.chunk","created":{self.created_s},'
+            f'"model":{dumps(self.model).decode()},"choices":[{{"index":'
+        ).encode()
+        self._heads: list[bytes] = []
+        self._tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        self._roles_sent = False
+
+    def opened_stream(self) -> None:
+        """Prepare the frames: every output token is four plain characters, so a frame's size is known."""
+        if not self.fast:
+            return
+        for choice in self.choices:
+            head = b"data: " + self._prefix + b'%d,"delta":{"content":"' % choice.index
+            size = len(head) + 4 + len(self._tail)
+            self._heads.append(b"%x\r\n%s" % (size, head) if self.exchange.chunked else head)
+        if self.exchange.chunked:
+            self._tail += b"\r\n"
+
+    def write_fast(self, choice: Choice, token_id: int) -> None:
+        """One prepared frame."""
+        self.exchange.write(self._heads[choice.index] + token_bytes(token_id) + self._tail)
+
+    def send_delta(self, choice: Choice, delta: str, tokens: list[int]) -> None:
+        """The general form of an event, after the role events of all choices."""
+        call = self.call
+        if not self._roles_sent:
+            self._send_roles()
+        choice.opened = True
+        finished = choice.finish_reason is not None
+        if not delta and not finished and not call.return_token_ids:
+            return
+        choice_json: dict[str, Any] = {
+            "delta": {"content": delta} if delta else {},
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+        }
+        if finished:
+            choice_json["stop_reason"] = choice.stop_reason
+        choice_json["token_ids"] = tokens if call.return_token_ids else None
+        event = self._prefix + b"%d," % choice.index + dumps(choice_json)[1:] + b"]"
+        event += self._continuous(choice)
+        if finished and not call.include_usage:
+            event += b',"system_fingerprint":"%s"' % FINGERPRINT.encode()
+        self.send_event(event + b"}")
+
+    def _send_roles(self) -> None:
+        self._roles_sent = True
+        prompt = dumps(self.call.prompts[0]) if self.call.return_token_ids else b"null"
+        for choice in self.choices:
+            event = self._prefix + b'%d,"delta":{"role":"assistant","content":""},' % choice.index
+            event += b'"logprobs":null,"finish_reason":null}]' + self._continuous(choice, opening=True)
+            self.send_event(event + b',"prompt_token_ids":%s,"prompt_text":null}' % prompt)
+
+    def _continuous(self, choice: Choice, *, opening: bool = False) -> bytes:
+        if not self.call.continuous_usage:
+            return b""
+        tokens = 0 if opening else choice.output_tokens
+        usage: dict[str, Any] = usage_numbers(len(self.call.prompts[0]), tokens)
+        usage["completion_tokens_details"] = None
+        return b',"usage":' + dumps(usage)
+
+    def finish_stream(self) -> None:
+        """The usage event where it was asked for, and the end."""
+        frames = b""
+        if self.call.include_usage:
+            usage: dict[str, Any] = usage_numbers(self.prompt_tokens(), self.output_tokens())
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens(), "created_cache_tokens": 0}
+            event = self._prefix.rpartition(b"[")[0] + b'[],"usage":' + dumps(usage)
+            event += b',"system_fingerprint":"%s"}' % FINGERPRINT.encode()
+            frames = self.exchange.frame(b"data: " + event + b"\n\n")
+        self.exchange.end_stream(frames + self.exchange.frame(DONE_EVENT))
+
+    def whole_body(self) -> bytes:
+        """The body of an answer that is not streamed."""
+        call = self.call
+        choices = [
+            {
+                "index": choice.index,
+                "message": {
+                    "role": "assistant",
+                    "content": choice.text,
+                    "refusal": None,
+                    "annotations": None,
+                    "audio": None,
+                    "function_call": None,
+                    "reasoning": None,
+                },
+                "logprobs": None,
+                "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
+                "token_ids": choice.token_ids if call.return_token_ids else None,
+                "routed_experts": None,
+            }
+            for choice in self.choices
+        ]
+        return dumps(
+            {
+                "id": self.response_id,
+                "object": "chat.completion",
+                "created": self.created_s,
+                "model": self.model,
+                "choices": choices,
+                "service_tier": None,
+                "system_fingerprint": FINGERPRINT,
+                "usage": whole_usage(self, created_cache_tokens=0),
+                "prompt_logprobs": None,
+                "prompt_token_ids": call.prompts[0] if call.return_token_ids else None,
+                "prompt_text": None,
+                "kv_transfer_params": None,
+                "ec_transfer_params": None,
+                "metrics": None,
+            }
+        )

@@ -1,0 +1,272 @@
+"""One generation call: its choices, each an engine request, their text, and the bytes of the answer.
+
+Subclasses know the shape of an endpoint's answer. A token of a plain stream takes the fast path: one prepared frame
+head, the token's text, one prepared frame tail, one write.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from emulator.model import FinishReason, Request
+from emulator.server.engine import RealTimeEngine
+from emulator.server.errors import ENGINE_DEAD_EVENT, engine_dead
+from emulator.server.http import Exchange
+from emulator.tokens import token_bytes
+
+NO_TOKEN = -1
+FINGERPRINT = "vllm-0.32.0-twofold"
+DONE_EVENT = b"data: [DONE]\n\n"
+dumps = msgspec.json.encode
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """What a generation request asks for, after validation."""
+
+    prompts: list[list[int]]
+    max_tokens: list[int]
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    return_token_ids: bool = False
+    echo: bool = False
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    natural_end: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class Choice:
+    """One choice of a call: the sink of one engine request."""
+
+    __slots__ = (
+        "_hold_back",
+        "_sent",
+        "engine_id",
+        "finish_reason",
+        "generation",
+        "index",
+        "opened",
+        "output_tokens",
+        "pending",
+        "prompt_index",
+        "request",
+        "stop_reason",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(self, generation: "Generation", index: int, prompt_index: int, request: Request) -> None:
+        self.generation = generation
+        self.index = index
+        self.prompt_index = prompt_index
+        self.request = request
+        self.engine_id = request.request_id
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.pending: list[int] = []
+        self.output_tokens = 0
+        self.opened = False
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        call = generation.call
+        held = max(map(len, call.stop)) - 1 if call.stop and not call.include_stop else 0
+        self._hold_back = held
+        self._sent = 0
+
+    def token(self, token_id: int, request: Request) -> None:
+        """A token from the engine, or only the end of the request (``NO_TOKEN``)."""
+        if self.finish_reason is not None:
+            return
+        generation = self.generation
+        reason = request.finish_reason
+        if token_id != NO_TOKEN:
+            self.output_tokens += 1
+        if reason is None:
+            if generation.fast and self.opened and not self.pending and not generation.exchange.paused:
+                generation.write_fast(self, token_id)
+                return
+            self.pending.append(token_id)
+            call = generation.call
+            if generation.exchange.paused if call.stream else not call.stop:
+                return
+        elif token_id != NO_TOKEN:
+            self.pending.append(token_id)
+        tokens, self.pending = self.pending, []
+        self._take(tokens, reason)
+
+    def died(self) -> None:
+        """The engine core died."""
+        self.generation.engine_died()
+
+    def _take(self, tokens: list[int], reason: FinishReason | None) -> None:
+        spoken = tokens
+        if reason is FinishReason.STOP and tokens:
+            spoken = tokens[:-1]  # the token that ended it, EOS or a stop id, is not text
+        before = len(self.text)
+        self.text += b"".join(map(token_bytes, spoken)).decode("utf-8", "replace")
+        self.token_ids += tokens
+        stopped = self._find_stop(before) if self.generation.call.stop else None
+        if stopped is not None:
+            self.finish_reason, self.stop_reason = "stop", stopped
+            if reason is None:
+                self.generation.engine.finish(self.engine_id, FinishReason.STOP)
+        elif reason is not None:
+            self.finish_reason, self.stop_reason = str(reason), self.request.stop_reason
+        end = len(self.text) if self.finish_reason else max(self._sent, len(self.text) - self._hold_back)
+        delta, self._sent = self.text[self._sent : end], end
+        self.generation.advance(self, delta, tokens)
+        if not self.generation.call.stop and self.generation.call.stream:
+            self.text, self._sent = "", 0
+
+    def _find_stop(self, before: int) -> str | None:
+        call = self.generation.call
+        if self.output_tokens <= call.min_tokens:
+            return None
+        for stop in call.stop:
+            start = max(0, before - len(stop) + 1)
+            position = self.text.find(stop, start)
+            if position >= 0:
+                self.text = self.text[: position + len(stop) if call.include_stop else position]
+                return stop
+        return None
+
+
+def _nothing() -> None:
+    pass
+
+
+class Generation:
+    """Base of the endpoints. ``advance`` is called for every piece of progress outside the fast path."""
+
+    fast = False
+
+    def __init__(self, exchange: Exchange, engine: RealTimeEngine, call: Call, *, response_id: str, model: str) -> None:
+        self.exchange = exchange
+        self.engine = engine
+        self.call = call
+        self.response_id = response_id
+        self.model = model
+        self.created_s = int(time.time())
+        self.choices: list[Choice] = []
+        self.unfinished = 0
+        self.on_end: Callable[[], None] = _nothing
+
+    def start(self) -> None:
+        """Queue the engine requests and, for a stream, send the head."""
+        call, now_s = self.call, self.engine.now_s
+        for prompt_index, prompt in enumerate(call.prompts):
+            for child in range(call.n):
+                index = prompt_index * call.n + child
+                request = Request(
+                    f"{self.response_id}-{index}-{secrets.token_hex(4)}",
+                    prompt,
+                    call.max_tokens[prompt_index],
+                    arrival_s=now_s,
+                    priority=call.priority,
+                    min_tokens=call.min_tokens,
+                    natural_end=call.natural_end,
+                    ignore_eos=call.ignore_eos,
+                    stop_token_ids=call.stop_token_ids,
+                    cache_salt=call.cache_salt,
+                )
+                self.choices.append(Choice(self, index, prompt_index, request))
+        self.unfinished = len(self.choices)
+        self.exchange.on_disconnect = self.abandon
+        if call.stream:
+            self.exchange.start_stream()
+            self.opened_stream()
+        for choice in self.choices:
+            self.engine.submit(choice.request, choice, call.n)
+
+    def abandon(self) -> None:
+        """The client has gone: nobody wants the rest."""
+        for choice in self.choices:
+            if choice.finish_reason is None:
+                choice.finish_reason = "abort"
+                self.engine.finish(choice.engine_id, FinishReason.ABORT)
+        self.on_end()
+
+    def engine_died(self) -> None:
+        """EngineCore died under this call."""
+        if self.exchange.finished:
+            return
+        for choice in self.choices:
+            choice.finish_reason = choice.finish_reason or "error"
+        if self.call.stream:
+            self.exchange.end_stream(self.exchange.frame(ENGINE_DEAD_EVENT) + self.exchange.frame(DONE_EVENT))
+        else:
+            error = engine_dead()
+            self.exchange.respond(error.status, error.body())
+        self.on_end()
+
+    def advance(self, choice: Choice, delta: str, tokens: list[int]) -> None:
+        """Send what is new of a choice, and the end where it was the last one."""
+        if self.call.stream:
+            self.send_delta(choice, delta, tokens)
+        if choice.finish_reason is not None:
+            self.unfinished -= 1
+            if not self.unfinished:
+                if self.call.stream:
+                    self.finish_stream()
+                else:
+                    self.exchange.respond(200, self.whole_body())
+                self.on_end()
+
+    def write_fast(self, choice: Choice, token_id: int) -> None:
+        """Send one token of a plain stream."""
+        raise NotImplementedError
+
+    def opened_stream(self) -> None:
+        """The stream's head has been sent."""
+
+    def send_delta(self, choice: Choice, delta: str, tokens: list[int]) -> None:
+        """Send the event of one piece of progress."""
+        raise NotImplementedError
+
+    def finish_stream(self) -> None:
+        """Send the last events."""
+        raise NotImplementedError
+
+    def whole_body(self) -> bytes:
+        """The body of an answer that is not streamed."""
+        raise NotImplementedError
+
+    def send_event(self, data: bytes) -> None:
+        """Send one SSE event without a name."""
+        self.exchange.write(self.exchange.frame(b"data: " + data + b"\n\n"))
+
+    def prompt_tokens(self) -> int:
+        """Prompt tokens over all prompts, each counted once however many choices it has."""
+        return sum(map(len, self.call.prompts))
+
+    def output_tokens(self) -> int:
+        """Output tokens over all choices."""
+        return sum(choice.output_tokens for choice in self.choices)
+
+    def cached_tokens(self) -> int:
+        """Prompt tokens of the first choice found in the prefix cache."""
+        return self.choices[0].request.cached_tokens or 0
+
+
+def usage_numbers(prompt_tokens: int, output_tokens: int) -> dict[str, int]:
+    """The three counts of a usage object."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+        "completion_tokens": output_tokens,
+    }
+
+
+def new_id() -> str:
+    """A random request id as vLLM's: 16 hexadecimal digits."""
+    return secrets.token_hex(8)

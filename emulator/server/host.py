@@ -1,0 +1,218 @@
+"""The emulator process: its engines, their listeners, SIGTERM as vLLM handles it."""
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+
+from emulator.model import EngineModel
+from emulator.server.admin import AdminApp
+from emulator.server.app import EngineApp
+from emulator.server.engine import RealTimeEngine
+from emulator.server.faults import FaultRequest, Faults
+from emulator.server.http import HttpConnection
+from emulator.server.metrics import EngineMetrics
+from emulator.server.settings import EngineSettings, Settings
+from emulator.server.timer import PreciseTimer
+from twofold.model.profile import EngineProfile
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+
+
+class EngineHost:
+    """One engine with its listener."""
+
+    def __init__(self, index: int, profile: EngineProfile, settings: Settings, timer: PreciseTimer) -> None:
+        loop = asyncio.get_running_loop()
+        model = EngineModel(profile, policy=settings.scheduling_policy, prefix_caching=settings.prefix_caching)
+        self.index = index
+        self.port = 0
+        self.profile = profile
+        self.metrics = EngineMetrics(model, settings.model)
+        self.engine = RealTimeEngine(model, self.metrics, timer, time.monotonic, loop.call_soon)
+        self.app = EngineApp(
+            self.engine,
+            EngineSettings(
+                model=settings.model,
+                max_model_len=profile.max_model_len_tokens,
+                dev_mode=settings.enable_dev_mode,
+                scale_out=settings.enable_scale_out,
+            ),
+        )
+        self.engine.on_death = self._die
+        self._address = settings.host
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, port: int) -> None:
+        """Open the listener. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: HttpConnection(self.app), self._address, port, backlog=_BACKLOG, reuse_address=True
+        )
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def close_listener(self) -> None:
+        """Refuse new connections; those there are stay."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    async def apply_fault(self, request: FaultRequest) -> None:
+        """Put a fault in force. Raises FaultError."""
+        faults = self.engine.faults
+        faults.add(request)
+        self.app.black_hole = faults.black_hole
+        if faults.refuse:
+            self.close_listener()
+
+    async def clear_faults(self) -> None:
+        """Back to normal; a dead engine stays dead."""
+        self.app.black_hole = False
+        self.engine.set_faults(Faults())
+        if self._server is None and not self.engine.dead and not self.app.closing:
+            await self.listen(self.port)
+
+    def fall_silent(self) -> None:
+        """As vLLM after SIGTERM: no listener, no word to running streams, idle connections closed."""
+        self.engine.stop()
+        self.app.closing = True
+        self.close_listener()
+        for connection in list(self.app.connections):
+            if connection.idle:
+                connection.close()
+
+    def _die(self, mode: str) -> None:
+        if mode == "process":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.app.closing = True
+        self.close_listener()
+        if mode == "engine_core":
+            self.engine.kill()
+        for connection in list(self.app.connections):
+            if mode == "abrupt":
+                connection.abort()
+            elif connection.idle:
+                connection.close()
+
+
+class Process:
+    """All engines of this process, from start to end."""
+
+    def __init__(self, settings: Settings, profile: EngineProfile) -> None:
+        self._settings = settings
+        self._profile = profile
+        self._ended = asyncio.Event()
+        self._signals = 0
+        self._draining: asyncio.Task[None] | None = None
+        self.timer = PreciseTimer(asyncio.get_running_loop())
+        self.hosts = [EngineHost(index, profile, settings, self.timer) for index in range(settings.engines)]
+        self.admin = AdminApp(self.hosts, faults_allowed=settings.enable_fault_injection)
+        self._admin_server: asyncio.Server | None = None
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT has been carried out. Raises OSError if a port cannot be had."""
+        loop = asyncio.get_running_loop()
+        for host in self.hosts:
+            await host.listen(self._settings.port + host.index if self._settings.port else 0)
+            host.app.on_connection_closed = self._check_ended
+            host.engine.on_idle = self._check_drained
+        admin_port = await self._listen_admin()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self._on_signal)
+        self._announce(admin_port)
+        gc.collect()
+        gc.freeze()
+        try:
+            await self._ended.wait()
+        finally:
+            for host in self.hosts:
+                host.close_listener()
+            if self._admin_server is not None:
+                self._admin_server.close()
+            self.timer.close()
+        log.info("emulator stopped")
+
+    async def _listen_admin(self) -> int | None:
+        port = self._settings.admin_port
+        if port is None:
+            return None
+        loop = asyncio.get_running_loop()
+        self._admin_server = await loop.create_server(lambda: HttpConnection(self.admin), "127.0.0.1", port)
+        return int(self._admin_server.sockets[0].getsockname()[1])
+
+    def _announce(self, admin_port: int | None) -> None:
+        ports = [host.port for host in self.hosts]
+        extra = {
+            "worker_id": self._settings.worker_id,
+            "profile": self._profile.name,
+            "ports": ports,
+            "admin_port": admin_port,
+        }
+        log.info("emulator ready", extra=extra)
+        if self._settings.ready_file:
+            path = Path(self._settings.ready_file)
+            partial = path.with_name(path.name + ".tmp")
+            partial.write_text(json.dumps({"pid": os.getpid(), "ports": ports, "admin_port": admin_port}))
+            partial.replace(path)
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            self._ended.set()
+            return
+        log.info("stop requested", extra={"shutdown_timeout_s": self._settings.shutdown_timeout})
+        if self._settings.shutdown_timeout <= 0:
+            self._fall_silent()
+            return
+        for host in self.hosts:
+            host.app.draining = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._settings.shutdown_timeout, self._fall_silent)
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self._signals and all(not host.engine.busy for host in self.hosts):
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        for host in self.hosts:
+            host.fall_silent()
+        self._check_ended()
+
+    def _check_ended(self) -> None:
+        if all(host.app.closing and not host.app.connections for host in self.hosts):
+            self._ended.set()
+
+
+def configured_profile(settings: Settings, profile: EngineProfile) -> EngineProfile:
+    """The profile with the flags that override it, in the emulator's time. Raises ValueError.
+
+    A KV cache set smaller than the model length shortens the model length, unless that was set too.
+    """
+    if settings.engines < 1:
+        raise ValueError("engines must be at least 1")
+    if not settings.time_scale > 0:
+        raise ValueError("time-scale must be above 0")
+    block = profile.block_size_tokens
+    capacity = settings.kv_capacity_tokens or profile.kv_capacity_tokens
+    usable = (capacity // block - 1) * block
+    if usable < block:
+        raise ValueError(f"kv-capacity-tokens must be at least two blocks of {block} tokens")
+    scaled = profile if settings.time_scale == 1 else profile.scaled(1 / settings.time_scale)
+    name = profile.name if settings.time_scale == 1 else f"{profile.name}@x{settings.time_scale:g}"
+    return msgspec.structs.replace(
+        scaled,
+        name=name,
+        kv_capacity_tokens=capacity,
+        max_model_len_tokens=settings.max_model_len or min(profile.max_model_len_tokens, usable),
+        max_num_seqs=settings.max_num_seqs or profile.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens or profile.max_num_batched_tokens,
+    )

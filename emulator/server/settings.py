@@ -1,0 +1,48 @@
+"""Settings of the emulator process."""
+
+from typing import Annotated
+
+import msgspec
+
+from emulator.model import SchedulingPolicy
+
+
+def _doc(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Flags of ``python -m emulator``."""
+
+    profile: Annotated[str, _doc("engine profile; see --list-profiles")] = "h100-8b-tp1"
+    model: Annotated[str, _doc("served model name")] = "emulated"
+    host: Annotated[str, _doc("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, _doc("port of the first engine; 0 picks a free one")] = 8000
+    engines: Annotated[int, _doc("number of engines in this process, on ports P..P+N-1")] = 1
+    time_scale: Annotated[float, _doc("run this many times faster than the profile")] = 1.0
+    worker_id: Annotated[str, _doc("name of this worker in the logs")] = ""
+    max_model_len: Annotated[int | None, _doc("longest prompt plus output in tokens; default: the profile's")] = None
+    kv_capacity_tokens: Annotated[int | None, _doc("size of the KV cache in tokens; default: the profile's")] = None
+    max_num_seqs: Annotated[int | None, _doc("most running requests; default: the profile's")] = None
+    max_num_batched_tokens: Annotated[int | None, _doc("token budget of a step; default: the profile's")] = None
+    scheduling_policy: Annotated[SchedulingPolicy, _doc("fcfs or priority")] = SchedulingPolicy.FCFS
+    prefix_caching: Annotated[bool, _doc("keep KV blocks for later prompts")] = True
+    profile_file: Annotated[str, _doc("JSON or YAML file with one profile or a list of them")] = ""
+    list_profiles: Annotated[bool, _doc("print the built-in profiles and exit")] = False
+    admin_port: Annotated[int | None, _doc("port for statistics and faults, on loopback; 0 picks a free one")] = None
+    enable_fault_injection: Annotated[bool, _doc("accept faults on the admin port")] = False
+    enable_dev_mode: Annotated[bool, _doc("serve /reset_prefix_cache as vLLM does in development mode")] = False
+    enable_scale_out: Annotated[bool, _doc("serve /inference/v1/abort_requests")] = False
+    shutdown_timeout: Annotated[float, _doc("seconds that running streams get to finish after SIGTERM")] = 0.0
+    ready_file: Annotated[str, _doc("file to write the listening ports to, as JSON, once all are open")] = ""
+    log_file: Annotated[str, _doc("append JSON log lines here instead of writing to stderr")] = ""
+    log_level: Annotated[str, _doc("debug, info, warning or error")] = "info"
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the request handlers of one engine need to know."""
+
+    model: str
+    max_model_len: int
+    dev_mode: bool = False
+    scale_out: bool = False

@@ -1,0 +1,263 @@
+"""Bodies of generation requests: JSON, field types and vLLM's parameter rules, in vLLM's order and words."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from emulator.server.errors import ApiError, Invalid, describe_input, parameter_error, validation_error
+from emulator.server.http import Exchange
+
+Body = dict[str, Any]
+
+_COMMON_FIELDS = {
+    "model": "str",
+    "temperature": "float",
+    "top_p": "float",
+    "top_k": "int",
+    "min_p": "float",
+    "seed": "int",
+    "n": "int",
+    "max_tokens": "int",
+    "min_tokens": "int",
+    "stream": "bool",
+    "ignore_eos": "bool",
+    "return_token_ids": "bool",
+    "include_stop_str_in_output": "bool",
+    "priority": "int",
+    "presence_penalty": "float",
+    "frequency_penalty": "float",
+    "repetition_penalty": "float",
+    "request_id": "str",
+    "cache_salt": "str",
+    "user": "str",
+}
+COMPLETION_FIELDS = {**_COMMON_FIELDS, "echo": "bool", "logprobs": "int", "prompt_logprobs": "int", "suffix": "str"}
+CHAT_FIELDS = {
+    **_COMMON_FIELDS,
+    "max_completion_tokens": "int",
+    "logprobs": "bool",
+    "top_logprobs": "int",
+    "add_generation_prompt": "bool",
+    "continue_final_message": "bool",
+}
+MAX_LOGPROBS = 20
+_TRUE = frozenset({"true", "1", "yes", "on", "y", "t"})
+_FALSE = frozenset({"false", "0", "no", "off", "n", "f"})
+_MESSAGES = {
+    "float_parsing": "Input should be a valid number, unable to parse string as a number",
+    "float_type": "Input should be a valid number",
+    "int_parsing": "Input should be a valid integer, unable to parse string as an integer",
+    "int_type": "Input should be a valid integer",
+    "int_from_float": "Input should be a valid integer, got a number with a fractional part",
+    "bool_parsing": "Input should be a valid boolean, unable to interpret input",
+    "bool_type": "Input should be a valid boolean",
+    "string_type": "Input should be a valid string",
+    "list_type": "Input should be a valid list",
+    "missing": "Field required",
+}
+
+
+def read_body(exchange: Exchange) -> Body:
+    """The JSON object of a request. Raises ApiError with vLLM's texts for anything else."""
+    if not exchange.body:
+        raise validation_error([finding("missing", "body", None)])
+    media_type = (exchange.header(b"content-type") or "").split(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(
+            "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed", type_="Bad Request"
+        )
+    try:
+        body = msgspec.json.decode(exchange.body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        body = _decode_slowly(exchange.body)
+    if not isinstance(body, dict):
+        message = "Input should be a valid dictionary or object to extract fields from"
+        shown = describe_input(body)
+        raise validation_error([Invalid(kind="model_attributes_type", location="body", message=message, shown=shown)])
+    return body
+
+
+def _decode_slowly(data: bytes) -> Any:
+    """The standard library's decoder: it accepts NaN as vLLM does, and gives the error's place."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        raise validation_error(
+            [
+                Invalid(
+                    kind="json_invalid",
+                    location=f"body.{error.pos}",
+                    message="JSON decode error",
+                    shown="<dict of 0 items>",
+                    context={"error": error.msg},
+                )
+            ]
+        ) from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ApiError("There was an error parsing the body", type_="Bad Request") from None
+
+
+def finding(kind: str, location: str, value: object) -> Invalid:
+    """A finding with vLLM's words for its kind."""
+    return Invalid(kind=kind, location=location, message=_MESSAGES[kind], shown=describe_input(value))
+
+
+def convert_fields(body: Body, fields: Mapping[str, str]) -> list[Invalid]:
+    """Convert the known fields of ``body`` in place, loosely as pydantic does; returns what could not be converted."""
+    findings = []
+    for name, kind in fields.items():
+        value = body.get(name)
+        if value is None:
+            continue
+        converted, error = _CONVERTERS[kind](value)
+        if error:
+            findings.append(finding(error, f"body.{name}", value))
+        else:
+            body[name] = converted
+    return findings
+
+
+def _to_float(value: Any) -> tuple[Any, str]:
+    if isinstance(value, bool | int | float):
+        return float(value), ""
+    if isinstance(value, str):
+        try:
+            return float(value), ""
+        except ValueError:
+            return None, "float_parsing"
+    return None, "float_type"
+
+
+def _to_int(value: Any) -> tuple[Any, str]:
+    if isinstance(value, bool | int):
+        return int(value), ""
+    if isinstance(value, float):
+        return (int(value), "") if math.isfinite(value) and value.is_integer() else (None, "int_from_float")
+    if isinstance(value, str):
+        try:
+            return int(value), ""
+        except ValueError:
+            return None, "int_parsing"
+    return None, "int_type"
+
+
+def _to_bool(value: Any) -> tuple[Any, str]:
+    if isinstance(value, bool):
+        return value, ""
+    if isinstance(value, str):
+        lowered = value.lower()
+        if lowered in _TRUE or lowered in _FALSE:
+            return lowered in _TRUE, ""
+        return None, "bool_parsing"
+    if isinstance(value, int | float):
+        return (bool(value), "") if value in (0, 1) else (None, "bool_parsing")
+    return None, "bool_type"
+
+
+def _to_str(value: Any) -> tuple[Any, str]:
+    return (value, "") if isinstance(value, str) else (None, "string_type")
+
+
+_CONVERTERS = {"float": _to_float, "int": _to_int, "bool": _to_bool, "str": _to_str}
+
+
+def stop_strings(body: Body) -> tuple[str, ...]:
+    """The ``stop`` field as a tuple. Raises ApiError."""
+    stop = body.get("stop")
+    if stop is None:
+        return ()
+    found = [stop] if isinstance(stop, str) else stop
+    if not isinstance(found, list):
+        raise validation_error([finding("list_type", "body.stop", stop)])
+    for index, item in enumerate(found):
+        if not isinstance(item, str):
+            raise validation_error([finding("string_type", f"body.stop.{index}", item)])
+    if "" in found:
+        raise ApiError("stop cannot contain an empty string.")
+    return tuple(found)
+
+
+def stop_token_ids(body: Body) -> frozenset[int]:
+    """The ``stop_token_ids`` field. Raises ApiError."""
+    ids = body.get("stop_token_ids")
+    if ids is None:
+        return frozenset()
+    if not isinstance(ids, list):
+        raise validation_error([finding("list_type", "body.stop_token_ids", ids)])
+    converted = []
+    for index, item in enumerate(ids):
+        value, error = _to_int(item)
+        if error:
+            raise validation_error([finding(error, f"body.stop_token_ids.{index}", item)])
+        converted.append(value)
+    return frozenset(converted)
+
+
+def stream_options(body: Body) -> tuple[bool, bool]:
+    """(include_usage, continuous_usage_stats). Raises ApiError where they come without a stream."""
+    options = body.get("stream_options")
+    if options is None:
+        return False, False
+    if not body.get("stream"):
+        raise parameter_error("Stream options can only be defined when `stream=True`.", "stream_options")
+    if not isinstance(options, dict):
+        return False, False
+    include_usage = bool(options.get("include_usage"))
+    return include_usage, include_usage and bool(options.get("continuous_usage_stats"))
+
+
+def check_sampling(body: Body, max_tokens: int) -> None:
+    """vLLM's rules for sampling parameters. Raises ApiError."""
+    n = default(body.get("n"), 1)
+    if n < 1:
+        raise ApiError(f"n must be at least 1, got {n}.")
+    temperature = default(body.get("temperature"), 1.0)
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = default(body.get(name), 0.0)
+        if not -2.0 <= value <= 2.0:
+            raise ApiError(f"{name} must be in [-2, 2], got {value}.")
+    if default(body.get("repetition_penalty"), 1.0) <= 0.0:
+        raise ApiError(f"repetition_penalty must be greater than zero, got {body['repetition_penalty']}.")
+    if not temperature >= 0.0:
+        raise parameter_error(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
+    top_p = default(body.get("top_p"), 1.0)
+    if not 0.0 < top_p <= 1.0:
+        raise parameter_error(f"top_p must be in (0, 1], got {top_p}.", "top_p", top_p)
+    if max_tokens < 1:
+        raise parameter_error(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens", max_tokens)
+    min_tokens = default(body.get("min_tokens"), 0)
+    if min_tokens < 0:
+        raise ApiError(f"min_tokens must be greater than or equal to 0, got {min_tokens}.")
+    if min_tokens > max_tokens:
+        raise ApiError(f"min_tokens must be less than or equal to max_tokens={max_tokens}, got {min_tokens}.")
+    if temperature < 1e-5 and n > 1:
+        raise ApiError(f"n must be 1 when using greedy sampling, got {n}.")
+
+
+def output_limit(requested: int | None, prompt_tokens: int, max_model_len: int) -> int:
+    """How many tokens a request may produce: clamped to the model length. Raises ApiError with vLLM's texts."""
+    if prompt_tokens > max_model_len:
+        raise parameter_error(
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
+            f"{prompt_tokens} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt.",
+            "input_tokens",
+            prompt_tokens,
+        )
+    if requested is not None and requested > max_model_len:
+        raise parameter_error(
+            f"max_tokens={requested} cannot be greater than max_model_len={max_model_len}. "
+            "Please request fewer output tokens.",
+            "max_tokens",
+            requested,
+        )
+    room = max_model_len - prompt_tokens
+    return room if requested is None else min(requested, room)
+
+
+def default(value: Any, otherwise: Any) -> Any:
+    """``otherwise`` for an absent or null field."""
+    return otherwise if value is None else value
