@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 TICK_S = 1.0
-KILL_AFTER_GRACE_S = 1.0
+KILL_AFTER_GRACE_S = 2.5
 AGENT_GRACE_S = 3.0
 EXIT_FAILED = 1
 

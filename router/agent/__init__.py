@@ -1,0 +1,1 @@
+"""The agent of a router replica: between the control plane and the relays; relays serve without it."""
