@@ -7,6 +7,7 @@ from router.routing.accounts import AccountsReader, AccountsWriter, Load
 from router.routing.buffers import Buffers
 from router.routing.dirty_log import DirtyLog, DirtyReader
 from router.routing.escapes import Escapes
+from router.routing.loads import Loads
 from router.routing.policies import DEFAULT, POLICIES
 from router.routing.policies.common import no_pool, pinned
 from router.routing.popularity import Popularity
@@ -31,21 +32,22 @@ class LiveFleet:
     def __init__(self, buffers: Buffers) -> None:
         others = (*buffers.siblings, buffers.remote)
         self._slots = buffers.slots
-        self._accounts = AccountsReader((buffers.own.accounts, *(region.accounts for region in others)))
+        accounts = AccountsReader((buffers.own.accounts, *(region.accounts for region in others)))
         self._writer = AccountsWriter(buffers.own.accounts, DirtyLog(buffers.own.dirty))
         self._prefixes = PrefixReader((buffers.own.prefixes, *(region.prefixes for region in others)))
         self._prefix_writer = PrefixWriter(buffers.own.prefixes)
         self._sent = SentPrefixes(buffers.sent)
         self._sent_reader = SentPrefixReader(buffers.sent)
         logs = (buffers.own.dirty, *(region.dirty for region in others))
-        self._escapes = Escapes(self._accounts.load, tuple(DirtyReader(log) for log in logs))
+        self._loads = Loads(accounts, tuple(DirtyReader(log) for log in logs))
+        self._escapes = Escapes(self._loads)
         self._pools: dict[str, PoolState] = {}
         self._states: dict[int, TargetState] = {}
         self._models: dict[str, Resolved] = {}
         self._popularity: dict[str, Popularity] = {}
         self._snapshot = FleetSnapshot(epoch=0, version=0)
         # The accounts are read for every target examined: no wrapper around it.
-        self.load = self._accounts.load
+        self.load = self._loads.get
 
     @property
     def snapshot(self) -> FleetSnapshot:
@@ -102,6 +104,7 @@ class LiveFleet:
             for name in pool.adapters:
                 self._models.setdefault(name, Resolved(pool=pool, adapter=name))
         self._popularity = {name: counts for name, counts in self._popularity.items() if name in pools}
+        self._loads.catch_up()
         self._escapes.install(self._pools)
         self._snapshot = snapshot
 
@@ -153,6 +156,7 @@ class LiveFleet:
         """Where ``request`` goes, with reasons, by the policy of the snapshot. ``exclude``: slots already tried."""
         policy = self._snapshot.policy
         pool = self._pools.get(request.pool)
+        self._loads.catch_up()
         if pool is None:
             return no_pool(request, policy, now_s)
         if request.data_parallel_rank is not None and pool.has_ranks:
@@ -171,6 +175,7 @@ class LiveFleet:
         if chain:
             counts = self._counts(request.pool, policy, now_s)
             counts.count(chain, decision.key_depth, now_s)
+        self._loads.catch_up()
         load = self.load(slot)
         state = self._states.get(slot)
         if state is not None and chain:

@@ -101,7 +101,10 @@ class PrefixReader:
         """
         found, best_tail = 0, 0
         scheduled = -1
+        first = chain[0] ^ salt or 1
         for region, words, mask in self._regions:
+            if not found and first not in _KEYS(region, (first & mask) * _BUCKET_BYTES):
+                continue
             low, high = found, -1
             while True:
                 # The first probe of a region asks for one depth more than is known; most regions end there.

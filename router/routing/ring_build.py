@@ -114,8 +114,11 @@ def _build(pool: str, members: list[tuple[str, int]], slots: Mapping[str, int]) 
             for target_id, points in members
         )
         points = np.frombuffer(digests, dtype="<u8")
-        # A stable sort keeps members with equal positions in order of their ids, not of their slots.
-        order = np.argsort(points, kind="stable")
-        positions += points[order].tobytes()
+        order = np.argsort(points)
+        ranked = points[order]
+        if np.any(ranked[1:] == ranked[:-1]):
+            # Equal positions must keep the order of the members' ids; only the slower stable sort does that.
+            order = np.argsort(points, kind="stable")
+        positions += ranked.tobytes()
         owners += owner_of_point[order].tobytes()
     return positions + owners + b"\x00" * (-len(owners) % 8)

@@ -61,7 +61,7 @@ class Resumability(msgspec.Struct, frozen=True, kw_only=True):
     """Refers to state that one engine holds (``previous_response_id``)."""
 
 
-class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A request body and its headers, reduced to what routing and the relay need. Strings are bounded."""
 
     endpoint: Endpoint
@@ -92,7 +92,7 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str = ""
 
 
-class RequestFeatures(msgspec.Struct, frozen=True, kw_only=True):
+class RequestFeatures(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """All that a decision depends on besides the fleet. ``arrival_s`` is CLOCK_MONOTONIC."""
 
     request_id: str
@@ -142,7 +142,7 @@ class ExaminedTarget(msgspec.Struct, frozen=True, gc=False):
         return self.own_s + self.wait_s
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Where a request goes, or why nowhere. Enums and numbers only; ``explain.render`` makes text of it.
 
     ``slot`` is None for a rejection; then ``retry_after_s`` says when to try again.
