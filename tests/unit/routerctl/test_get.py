@@ -139,7 +139,15 @@ def test_describe_shows_all_parts(ctl: Ctl, control_plane: FakeControlPlane) -> 
     ran = ctl("describe", "worker", "w2")
     assert ran.code == 0
     assert control_plane.last("DescribeWorker").worker_id == "w2"
-    for part in ("Target w2/0:", "Target w2/1:", "Profile a100-80gb-8b-tp1:", "A100-80GB", "eu-1", "400,000 tokens", "6 ms + 20 us"):
+    for part in (
+        "Target w2/0:",
+        "Target w2/1:",
+        "Profile a100-80gb-8b-tp1:",
+        "A100-80GB",
+        "eu-1",
+        "400,000 tokens",
+        "6 ms + 20 us",
+    ):
         assert part in ran.out
     assert any(line.split()[:4] == ["router-0", "w2/0", "9", "6"] for line in ran.out.splitlines())
     assert "2023-11-14T22:13:20.000Z" in ran.out
