@@ -1,5 +1,6 @@
 """The HTTP surface of one engine: its routes, and what each answers."""
 
+import json
 import logging
 import secrets
 import time
@@ -223,15 +224,15 @@ class EngineApp:
         exchange.respond(200, b'{"is_scaling_elastic_ep":false}')
 
     def _reset_prefix_cache(self, exchange: Exchange) -> None:
-        self.engine.model.reset_prefix_cache()
-        exchange.respond(200, content_type=None)
+        done = self.engine.model.reset_prefix_cache()
+        exchange.respond(200, dumps({"success": done}))
 
     def _abort_requests(self, exchange: Exchange) -> None:
         try:
-            body = read_body(exchange)
-        except ApiError:
-            raise ApiError("JSON decode error: the body must be a JSON object", type_="Bad Request") from None
-        wanted = body.get("request_ids")
+            body = json.loads(exchange.body)
+        except ValueError as error:
+            raise ApiError(f"JSON decode error: {error}", type_="Bad Request") from None
+        wanted = body.get("request_ids") if isinstance(body, dict) else None
         if not isinstance(wanted, list):
             raise ApiError("Missing 'request_ids' in request body", type_="Bad Request")
         for generation in list(self._generations):
