@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -154,8 +154,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Admit the connection, or answer that there are too many."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports fit the interface without deriving from it.
+        self._transport = cast("asyncio.Transport", transport)
         server = self._server
         server.connections.add(self)
         self.deadline_s = server.clock() + server.limits.head_timeout_s
