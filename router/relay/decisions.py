@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from router.routing.types import Decision
+from router.routing.types import Decision, ExaminedTarget
 from router.shm.control import ExplainedDecision
+from twofold.model.reasons import RejectReason, RouteReason
 
 MAX_PER_REQUEST = 8
 
@@ -32,7 +33,6 @@ class DecisionLog:
         self._next = 0
         self._by_id: dict[str, list[_Entry]] = {}
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Decision).decode
 
     def __len__(self) -> int:
         return len(self._ring)
@@ -55,7 +55,7 @@ class DecisionLog:
         """Decisions on a request, oldest first; empty when it is not remembered."""
         return tuple(
             ExplainedDecision.of(
-                self._decode(entry.encoded),
+                _restore(entry.encoded),
                 at_s=entry.at_s,
                 observed_ttft_s=entry.observed_ttft_s,
                 snapshot_epoch=entry.epoch,
@@ -75,3 +75,14 @@ class DecisionLog:
 
 
 DecisionEntry = _Entry
+
+_ROUTE_REASONS = {reason.value: reason for reason in RouteReason}
+
+
+def _restore(encoded: bytes) -> Decision:
+    """The decision of ``encoded``. By hand, because its reason is one of two enums of text."""
+    fields = msgspec.msgpack.decode(encoded)
+    reason = fields["reason"]
+    fields["reason"] = _ROUTE_REASONS.get(reason) or RejectReason(reason)
+    fields["examined"] = msgspec.convert(fields["examined"], tuple[ExaminedTarget, ...])
+    return Decision(**fields)
