@@ -184,8 +184,10 @@ def _decode(body: bytes) -> _Body:
     except RecursionError:
         raise BadRequest("the request body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        if isinstance(error, msgspec.ValidationError):
+        if not body.lstrip().startswith(b"{") and isinstance(error, msgspec.ValidationError):
             raise BadRequest("the request body must be a JSON object") from None
+        if isinstance(error, msgspec.ValidationError):
+            raise BadRequest(f"the request body cannot be read: {_bounded(str(error))}") from None
         raise BadRequest(f"the request body is not valid JSON: {_bounded(str(error))}") from None
 
 
@@ -234,36 +236,35 @@ def _completion_prompt(raw: msgspec.Raw) -> tuple[bytes, int | None, bool]:
 
 def _resumability(fields: _Body, several: bool) -> Resumability:
     n = fields.n if isinstance(fields.n, int) and not isinstance(fields.n, bool) else 1
-    structured = any(
-        bytes(raw) not in (b"", b"null", b'{"type":"text"}', b'{"type": "text"}')
-        for raw in (
-            fields.response_format,
-            fields.structured_outputs,
-            fields.guided_json,
-            fields.guided_regex,
-            fields.guided_choice,
-            fields.guided_grammar,
-            fields.text,
-        )
-    )
     return Resumability(
         n=max(1, min(n, 1 << 16)),
         has_seed=fields.seed is not None,
         has_penalties=fields.presence_penalty not in (None, 0)
         or fields.frequency_penalty not in (None, 0)
         or fields.repetition_penalty not in (None, 1),
-        has_structured_output=structured,
+        has_structured_output=_given(fields.response_format)
+        or _given(fields.structured_outputs)
+        or _given(fields.guided_json)
+        or _given(fields.guided_regex)
+        or _given(fields.guided_choice)
+        or _given(fields.guided_grammar)
+        or _given(fields.text),
         has_logprobs=fields.logprobs not in (None, False) or fields.prompt_logprobs not in (None, False),
-        has_tools=bytes(fields.tools) not in (b"", b"null", b"[]"),
-        has_stop=any(
-            bytes(raw) not in (b"", b"null", b"[]")
-            for raw in (fields.stop, fields.stop_token_ids, fields.stop_sequences)
-        ),
+        has_tools=_given(fields.tools),
+        has_stop=_given(fields.stop) or _given(fields.stop_token_ids) or _given(fields.stop_sequences),
         echo=fields.echo is True,
         beam_search=fields.use_beam_search is True or fields.best_of not in (None, 1, fields.n),
         several_prompts=several,
         stateful=fields.previous_response_id is not None,
     )
+
+
+_NOTHING_ASKED = frozenset((b"", b"null", b"[]", b'{"type":"text"}', b'{"type": "text"}'))
+
+
+def _given(raw: msgspec.Raw) -> bool:
+    # Most fields are absent, and an absent one is the default itself.
+    return raw is not _NONE and bytes(raw) not in _NOTHING_ASKED
 
 
 def _positive(value: Any) -> int | None:

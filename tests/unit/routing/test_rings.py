@@ -34,7 +34,7 @@ def homes_by_id(fleet: FleetSnapshot, keys: list[int], slots: dict[str, int] | N
     return [tuple(names[slot] for slot in ring.homes(key)) for key in keys]
 
 
-SMALL_RINGS = {size: ring_of(snapshot([target(i) for i in range(size)])) for size in range(0, 9)}
+SMALL_RINGS = {size: ring_of(snapshot([target(i) for i in range(size)])) for size in range(9)}
 
 
 @given(KEY, st.integers(min_value=0, max_value=8))
