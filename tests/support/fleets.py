@@ -45,3 +45,14 @@ def mapping(replicas: int = 2, relays: int = 1, engines: int = 4, **group: Any) 
             }
         ],
     }
+
+
+def watched_fleet(urls: list[str], model: str, profile: str = "cpu-tiny", replicas: int = 1) -> dict[str, Any]:
+    """Routers in front of engines that somebody else runs."""
+    base = free_port_base(16)
+    return {
+        "name": "watched",
+        "control_plane": {"listen": f"127.0.0.1:{base}", "metrics": f"127.0.0.1:{base + 1}"},
+        "routers": {"replicas": replicas, "relays": 1, "port": base + 2, "admin_port": base + 8},
+        "pools": [{"name": model, "models": [model], "workers": [{"profile": profile, "urls": urls}]}],
+    }

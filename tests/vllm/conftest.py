@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from support.fleets import watched_fleet
+from support.up import Up
 
 from .vllm_engine import VllmEngine, start_all, stop_all
 
@@ -83,9 +85,20 @@ def make_engine(vllm_venv: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="session")
-def service_url(engines: Sequence[VllmEngine]) -> str:
-    """Base URL, no slash at the end, of the service that clients talk to."""
-    return engines[0].url
+def fleet(engines: Sequence[VllmEngine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """`twofold up` with one router replica in front of the session's engines."""
+    up = Up(watched_fleet([engine.url for engine in engines], engines[0].model), tmp_path_factory.mktemp("fleet"))
+    try:
+        up.wait_ready(len(engines))
+        yield up
+    finally:
+        up.stop()
+
+
+@pytest.fixture(scope="session")
+def service_url(fleet: Up) -> str:
+    """Base URL, no slash at the end, of the service that clients talk to: a router."""
+    return fleet.urls[0]
 
 
 @pytest.fixture(scope="session")
