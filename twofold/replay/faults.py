@@ -25,19 +25,21 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     def others(self, records: Sequence[Record]) -> list[Record]:
         """The records of the requests that the planted fault did not touch."""
-        return (
-            [record for record in records if record.request_id != self.request_id] if self.request_id else list(records)
-        )
+        return [record for record in records if not self.caught or record.request_id != self.request_id]
 
 
 class Plant:
-    """Plants one ``corrupt_token`` fault at an emulator's fault admin port after ``after`` requests were sent."""
+    """Plants one ``corrupt_token`` fault at an emulator's fault admin port after ``after`` requests were sent.
+
+    The engine gives one wrong token, to one request, once. If the engine says that it did and the checker found a wrong
+    token afterwards, that is the one; any further one is a violation like any other.
+    """
 
     def __init__(self, admin_url: str, after: int, engine: int = 0) -> None:
         self._admin_url = admin_url
         self._after = after
         self._engine = engine
-        self._planted = 0
+        self._planted_s: float | None = None
         self._failure = ""
 
     @contextlib.asynccontextmanager
@@ -53,37 +55,36 @@ class Plant:
 
     async def verdict(self, records: Sequence[Record]) -> Verdict:
         """Compare what the checker found with what the engine says it did. Removes the fault where it was not used."""
-        if not self._planted:
+        if self._planted_s is None:
             return Verdict(notes=(f"no fault was planted: {self._failure or 'the run was too short'}",))
-        wrong = [record.request_id for record in records if record.violation]
-        hit = await self._hit_request()
-        with contextlib.suppress(EngineError):
-            await clear_faults(self._admin_url)
-        caught = hit if hit in wrong else ""
-        if caught:
-            return Verdict(planted=1, caught=1, request_id=caught)
-        note = f"the engine gave {hit} a wrong token, unseen by the checker" if hit else "the fault was never used"
-        return Verdict(planted=1, notes=(note,))
+        try:
+            used = not pending_token_faults(await engine_stats(self._admin_url), self._engine)
+            if not used:
+                await clear_faults(self._admin_url)
+        except EngineError as error:
+            return Verdict(planted=1, notes=(f"cannot ask whether the planted fault was used: {error}",))
+        if not used:
+            return Verdict(notes=("the planted fault was taken back: its engine gave no token after it",))
+        wrong = [record for record in records if record.violation and record.end_s >= self._planted_s]
+        if not wrong:
+            return Verdict(planted=1, notes=("the engine gave a wrong token and the checker did not see it",))
+        first = min(wrong, key=lambda record: record.end_s)
+        return Verdict(planted=1, caught=1, request_id=first.request_id)
 
     async def _plant(self, generator: LoadGenerator) -> None:
         while generator.begun < self._after:
             await asyncio.sleep(POLL_S)
         try:
             await plant_fault(self._admin_url, {"engine": self._engine, "kind": "corrupt_token", "count": 1})
-            self._planted = 1
+            self._planted_s = generator.elapsed_s
         except EngineError as error:
             self._failure = str(error)
 
-    async def _hit_request(self) -> str:
-        try:
-            return last_corrupted(await engine_stats(self._admin_url), self._engine)
-        except EngineError:
-            return ""
 
-
-def last_corrupted(stats: dict[str, Any], engine: int) -> str:
-    """Id of the request that an engine last gave a wrong token, from its ``/stats``; "" when none."""
+def pending_token_faults(stats: dict[str, Any], engine: int) -> list[str]:
+    """Token faults of an engine that no token has met yet, from its process's ``/stats``."""
     engines = stats.get("engines")
-    entry = engines[engine] if isinstance(engines, list) and engine < len(engines) else stats
-    value = entry.get("last_corrupted_request_id") if isinstance(entry, dict) else None
-    return value if isinstance(value, str) else ""
+    if not isinstance(engines, list) or engine >= len(engines):
+        raise EngineError(f"the statistics do not know engine {engine}")
+    pending = engines[engine].get("faults", {}).get("tokens", [])
+    return list(pending)

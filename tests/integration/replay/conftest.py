@@ -29,6 +29,7 @@ class FakeOpenAI:
         self.hold.set()
         self.requests: list[dict[str, Any]] = []
         self.request_ids: list[str] = []
+        self.authorizations: list[str] = []
         self.prompts: list[list[int]] = []
         self.metrics = ""
         self.stats: dict[str, Any] = {}
@@ -73,6 +74,7 @@ class FakeOpenAI:
     ) -> web.StreamResponse:
         number = len(self.requests)
         self.requests.append(body)
+        self.authorizations.append(request.headers.get("authorization", ""))
         self.request_ids.append(request.headers.get("x-request-id", ""))
         self.prompts.append(ids)
         await self.hold.wait()

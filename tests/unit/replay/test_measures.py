@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from twofold.model.fleet import Slo
 from twofold.replay.engines import CacheCounters, parse_counters
-from twofold.replay.faults import last_corrupted
 from twofold.replay.measures import LogHistogram, Record, quantile, summarise
 from twofold.replay.report import percent, result_line, seconds, ttft_over_time
 
@@ -129,9 +128,3 @@ def test_figures_for_people() -> None:
     assert [seconds(value) for value in (None, 0.0123, 0.9996, 12.0)] == ["-", "12.3 ms", "1 s", "12 s"]
     assert [percent(value) for value in (None, 0.1234)] == ["-", "12.3%"]
     assert result_line({"a": 1, "b": None}) == 'RESULT {"a":1,"b":null}'
-
-
-def test_the_corrupted_request_is_found_in_either_form_of_the_statistics() -> None:
-    assert last_corrupted({"engines": [{}, {"last_corrupted_request_id": "x"}]}, 1) == "x"
-    assert last_corrupted({"last_corrupted_request_id": "y"}, 0) == "y"
-    assert last_corrupted({"engines": []}, 0) == ""
