@@ -368,9 +368,8 @@ class TestRelay:
 
     def loads(self) -> list[tuple[int, int]]:
         """(in flight, decodes) of the slots in use: zero when all accounts are settled."""
-        return [
-            (self.live.load(state.slot).inflight, self.live.load(state.slot).decodes) for state in self.live.targets()
-        ]
+        rows = [self._accounts.row(state.slot) for state in self.live.targets()]
+        return [(row.inflight, row.decodes) for row in rows]
 
 
 @contextlib.asynccontextmanager
