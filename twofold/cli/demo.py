@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 
 from controlplane.discovery.fleet_file import FleetFileError
+from router.routing.policies import POLICIES as ROUTING_POLICIES
 from twofold import log as logs
 from twofold import settings
 from twofold.cli import demo_fleet, demo_run
@@ -95,6 +96,9 @@ def main(argv: Sequence[str]) -> int:
 
 def make_plan(options: DemoSettings) -> demo_run.Plan:
     """What to run. Raises WorkloadError, FleetFileError or PortError when that is not possible."""
+    unknown = [policy for policy in options.policy if policy not in ROUTING_POLICIES]
+    if unknown:
+        raise WorkloadError(f"unknown policy {unknown[0]!r}; known: {', '.join(ROUTING_POLICIES)}")
     if options.workload == "mooncake":
         return _mooncake_plan(options)
     real = options.engine == "vllm"

@@ -197,7 +197,8 @@ def _proof(plan: Plan, outcome: compare.Outcome) -> str:
     if plan.plant_fault:
         text += f", planted faults {result.planted_faults}, caught {result.caught}"
     if result.ceiling is not None:
-        text += f"; one cache of all {result.kv_capacity_tokens} KV tokens would hit {report.percent(result.ceiling.hit_ratio)}"
+        ceiling = report.percent(result.ceiling.hit_ratio)
+        text += f"; one cache of all {result.kv_capacity_tokens} KV tokens would hit {ceiling}"
     return text + f"; {outcome.wall_s:.0f} s with start and stop"
 
 
