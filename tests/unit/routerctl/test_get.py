@@ -166,3 +166,19 @@ def test_describe_of_an_unknown_worker_is_1(ctl: Ctl, control_plane: FakeControl
     control_plane.answers["DescribeWorker"] = Status(grpc.StatusCode.NOT_FOUND, "worker 'w9' is not known")
     ran = ctl("describe", "worker", "w9")
     assert (ran.code, ran.out, ran.err) == (1, "", "routerctl: error: worker 'w9' is not known\n")
+
+
+def test_ready_targets_are_those_that_take_new_work(ctl: Ctl, control_plane: FakeControlPlane) -> None:
+    fleet = samples.fleet()
+    del fleet.targets[:]
+    fleet.targets.extend(
+        [
+            samples.target("ready"),
+            samples.target("cordoned", cordoned=True),
+            samples.target("draining", draining=True),
+            samples.target("starting", health=fleet_pb2.HEALTH_STARTING),
+        ]
+    )
+    control_plane.answers["GetFleet"] = fleet
+    pool = json.loads(ctl("get", "pools", "llama-8b", "-o", "json").out)["pools"][0]
+    assert (pool["ready_targets"], pool["targets"]) == (1, 4)

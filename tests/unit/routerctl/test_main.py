@@ -255,3 +255,35 @@ def test_top_as_json(ctl: Ctl, control_plane: FakeControlPlane) -> None:
     assert set(found) == {"routers", "targets", "loads"}
     assert found["routers"][0]["top"]["requests_per_s"] == 3.5
     assert found["routers"][1]["top"] is None
+
+
+@pytest.mark.parametrize("flags", [("-o", "json"), ("-o", "yaml"), ("--once",)], ids=" ".join)
+def test_top_ends_by_itself_on_a_terminal_when_asked(
+    control_plane: FakeControlPlane, environment: dict[str, str], flags: tuple[str, ...]
+) -> None:
+    control_plane.answers["Top"] = samples.top()
+    screen = Screen([sys.executable, "-m", "routerctl", "top", *flags], environment)
+    try:
+        screen.wait_for("router-0", "w2")
+        assert screen.child.wait(DEADLINE_S) == 0
+        assert "\x1b[?1049h" not in screen.text
+    finally:
+        screen.child.kill()
+        screen.child.wait()
+        os.close(screen.master)
+
+
+def test_an_answer_that_is_no_message_prints_no_traceback(
+    control_plane: FakeControlPlane, environment: dict[str, str]
+) -> None:
+    control_plane.answers["GetFleet"] = b"\xff\xff\xffgarbage"
+    done = subprocess.run(
+        [sys.executable, "-m", "routerctl", "get", "workers"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("routerctl: error: ")
+    assert len(done.stderr.splitlines()) == 1
