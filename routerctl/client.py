@@ -1,6 +1,5 @@
 """The connection to the control plane: one channel, one way to call it, errors as one line each."""
 
-import logging
 from types import TracebackType
 from typing import TypeVar
 
@@ -18,9 +17,6 @@ MAX_PEM_BYTES = 1 << 20
 
 Request = TypeVar("Request", bound=Message)
 Answer = TypeVar("Answer", bound=Message)
-
-# grpc logs a traceback of its own when an answer cannot be parsed; the call's status says it in one line.
-logging.getLogger("grpc").addHandler(logging.NullHandler())
 
 
 class Client:
