@@ -53,8 +53,8 @@ class WorkerRequest:
     def __init__(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, reader: asyncio.StreamReader) -> None:
         lines = head.decode("latin-1").split("\r\n")
         self.line = lines[0]
-        self.headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
-        self.fields = {name: value for name, value in self.headers}
+        self.headers = [(line.split(": ", 1)[0], line.split(": ", 1)[1]) for line in lines[1:] if line]
+        self.fields = dict(self.headers)
         self.body = body
         self.writer = writer
         self.reader = reader
@@ -207,7 +207,8 @@ class Client:
 
     async def post(self, path: str, body: bytes, headers: str = "", version: str = "1.1") -> None:
         await self.send(
-            f"POST {path} HTTP/{version}\r\nhost: x\r\n{JSON_HEADERS}{headers}content-length: {len(body)}\r\n\r\n".encode()
+            f"POST {path} HTTP/{version}\r\nhost: x\r\n{JSON_HEADERS}{headers}"
+            f"content-length: {len(body)}\r\n\r\n".encode()
             + body
         )
 

@@ -1,4 +1,4 @@
-"""Every way in which workers and clients fail, over real sockets: what the client sees, what is retried, what is counted."""
+"""Every way in which workers and clients fail: what the client sees, what is retried, what is counted."""
 
 import asyncio
 from pathlib import Path
