@@ -90,6 +90,8 @@ class ControlServer:
                 link.writer.write(frame)
                 await link.writer.drain()
                 return await future
+        except TimeoutError:  # an OSError too, but not a lost connection
+            raise
         except OSError as error:
             raise RelayGoneError(f"relay {relay}: {error.strerror or 'connection lost'}") from None
         finally:

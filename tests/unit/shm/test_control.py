@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.routing.types import Decision, ExaminedTarget
@@ -58,6 +58,7 @@ ANSWERS = (
 )
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 2000), max_size=20))
 def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
     for decoder, messages in ((relay_side(), COMMANDS), (agent_side(), ANSWERS)):
@@ -67,6 +68,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
         assert tuple(got) == messages
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=64))
 def test_garbage_is_an_error_or_an_unfinished_frame(data: bytes) -> None:
     decoder = agent_side()

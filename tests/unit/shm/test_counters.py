@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -148,6 +148,7 @@ def test_definitions_must_agree(tmp_path: Path) -> None:
             slab.histogram("twofold_s", "S", bounds)
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.floats(0, 20, allow_nan=False), max_size=200), data=st.data())
 def test_histograms_count_as_prometheus_does(
     tmp_path_factory: pytest.TempPathFactory, values: list[float], data: st.DataObject
