@@ -26,6 +26,10 @@ cached_venv() {
     local name=$1 lock=$2 dir=$3 install=$4 check=$5
     local python=${PYTHON:-python3} version key
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || return 2
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        say "$name: Python 3.11 or newer is needed, $python is $version; set PYTHON"
+        return 2
+    fi
     key=$({ cat "$lock"; echo "python $version"; } | sha256sum | cut -c1-12)
     if [ -z "$dir" ]; then
         dir=${TWOFOLD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/twofold}/$name-$key

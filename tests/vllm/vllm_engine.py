@@ -61,7 +61,6 @@ ENGINE_ENV: dict[str, str] = {
 }
 
 _START_TRIES = 3
-_GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
 class EngineFailed(RuntimeError):
@@ -173,7 +172,9 @@ class VllmEngine:
             )
         # The guard reads a pipe that closes when this process dies, however it dies.
         self._guard = subprocess.Popen(
-            [sys.executable, "-c", _GUARD, str(self._process.pid)], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, __file__, str(self._process.pid), str(self._sockets)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def wait_ready(self, timeout_s: float = 300) -> None:
@@ -229,17 +230,10 @@ class VllmEngine:
         process, guard = self._process, self._guard
         if process is None or guard is None:
             return
-        for member in _group(process.pid):
-            if not _tracks_resources(member):
-                _kill(member)
+        _kill_group(process.pid, self._sockets)
         process.wait(30)
-        # With everybody else gone, Python's resource trackers remove the shared memory left behind, and end.
-        if not _wait_gone(process.pid, 5):
-            for member in _group(process.pid):
-                _kill(member)
-        if not _wait_gone(process.pid, 30):
-            raise EngineFailed(f"processes survived SIGKILL: {_group(process.pid)}")
-        shutil.rmtree(self._sockets, ignore_errors=True)
+        if left := _group(process.pid):
+            raise EngineFailed(f"processes survived SIGKILL: {left}")
         guard.kill()
         guard.wait(30)
         _close(guard.stdin)
@@ -311,6 +305,19 @@ def _group(pgid: int) -> list[psutil.Process]:
     return found
 
 
+def _kill_group(pgid: int, sockets: Path) -> None:
+    """Kills a group so that no shared memory and no socket file of it is left behind."""
+    for member in _group(pgid):
+        if not _tracks_resources(member):
+            _kill(member)
+    # With everybody else gone, Python's resource trackers remove the shared memory that was left, and end.
+    if not _wait_gone(pgid, 5):
+        for member in _group(pgid):
+            _kill(member)
+        _wait_gone(pgid, 30)
+    shutil.rmtree(sockets, ignore_errors=True)
+
+
 def _tracks_resources(process: psutil.Process) -> bool:
     try:
         return any("resource_tracker" in word for word in process.cmdline())
@@ -338,3 +345,8 @@ def _wait_gone(pgid: int, timeout_s: float) -> bool:
 def _close(stream: IO[bytes] | None) -> None:
     if stream is not None:
         stream.close()
+
+
+if __name__ == "__main__":  # the guard: pgid and socket folder as arguments, its maker's end as end of file
+    sys.stdin.read()
+    _kill_group(int(sys.argv[1]), Path(sys.argv[2]))
