@@ -5,6 +5,7 @@ import ctypes
 import heapq
 import os
 import sys
+import time
 from collections.abc import Callable
 
 _CLOCK_MONOTONIC = 1
@@ -45,7 +46,7 @@ class PreciseTimer:
         self._sequence += 1
         heapq.heappush(self._heap, (when_s, self._sequence, callback))
         if self._fd < 0:
-            self._loop.call_later(max(0.0, when_s - self._loop.time()), self._run_due)
+            self._loop.call_later(max(0.0, when_s - time.monotonic()), self._run_due)
         elif not self._armed_for or when_s < self._armed_for:
             self._arm(when_s)
 
@@ -75,7 +76,7 @@ class PreciseTimer:
             self._arm(self._heap[0][0])
 
     def _run_due(self) -> None:
-        now = self._loop.time()
+        now = time.monotonic()  # the loop's own clock is cached and rounded
         while self._heap and self._heap[0][0] <= now:
             callback = heapq.heappop(self._heap)[2]
             callback()
