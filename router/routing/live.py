@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from router.routing import circuit
-from router.routing.accounts import AccountsReader, AccountsWriter, Load
+from router.routing.accounts import AccountsReader, AccountsWriter
 from router.routing.buffers import Buffers
 from router.routing.dirty_log import DirtyLog, DirtyReader
 from router.routing.escapes import Escapes
@@ -17,7 +17,7 @@ from router.routing.sent_prefixes import SentPrefixes, SentPrefixReader
 from router.routing.state import PoolState, TargetState
 from router.routing.table import RoutingTable
 from router.routing.ticket import Ticket
-from router.routing.types import Chain, Decision, RequestFeatures, Resolved
+from router.routing.types import Decision, RequestFeatures, Resolved
 from twofold.model.fleet import FleetSnapshot, RoutingPolicy, Target
 
 POPULARITY_ENTRIES = 65_536
@@ -34,7 +34,6 @@ class LiveFleet:
         self._slots = buffers.slots
         accounts = AccountsReader((buffers.own.accounts, *(region.accounts for region in others)))
         self._writer = AccountsWriter(buffers.own.accounts, DirtyLog(buffers.own.dirty))
-        self._prefixes = PrefixReader((buffers.own.prefixes, *(region.prefixes for region in others)))
         self._prefix_writer = PrefixWriter(buffers.own.prefixes)
         self._sent = SentPrefixes(buffers.sent)
         self._sent_reader = SentPrefixReader(buffers.sent)
@@ -46,8 +45,9 @@ class LiveFleet:
         self._models: dict[str, Resolved] = {}
         self._popularity: dict[str, Popularity] = {}
         self._snapshot = FleetSnapshot(epoch=0, version=0)
-        # The accounts are read for every target examined: no wrapper around it.
+        # Both are called for every target examined: no wrappers around them.
         self.load = self._loads.get
+        self.cached_chunks = PrefixReader((buffers.own.prefixes, *(region.prefixes for region in others))).cached_chunks
 
     @property
     def snapshot(self) -> FleetSnapshot:
@@ -217,10 +217,6 @@ class LiveFleet:
     def pool_state(self, name: str) -> PoolState | None:
         """See FleetView."""
         return self._pools.get(name)
-
-    def cached_chunks(self, state: TargetState, chain: Chain, load: Load) -> int:
-        """See FleetView."""
-        return self._prefixes.cached_chunks(state.salt, chain, load.stored_tokens, state.kv_capacity_tokens)
 
     def ring_key(
         self, request: RequestFeatures, state: PoolState, policy: RoutingPolicy, now_s: float

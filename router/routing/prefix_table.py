@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 from router.routing.prefix import DEPTH_SCHEDULE, scheduled_count
 from router.routing.types import Chain
 
-DEFAULT_ENTRIES = 1 << 17
+DEFAULT_ENTRIES = 1 << 18
 _WAYS = 4
 _WORDS = 4 * _WAYS
 """A bucket: the keys of its ways, then their deepest hashes, their stamps, their times (seconds, for replacement)."""

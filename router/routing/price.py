@@ -10,6 +10,7 @@ from twofold.model.reasons import Ineligible, TargetRole
 
 TYPICAL_OUTPUT_TOKENS = 256
 """Over so many tokens the TPOT guard spreads the time that a prefill takes from the running decodes."""
+_ELIGIBLE = Ineligible.NONE
 _ESTIMATE_SLACK = 0.5
 """A prompt of estimated length is refused for its length only where half the estimate is already too long."""
 
@@ -33,7 +34,7 @@ def refusal(
         tokens = request.prompt_tokens if request.prompt_tokens_exact else request.prompt_tokens * _ESTIMATE_SLACK
         if tokens > longest:
             return Ineligible.CONTEXT_TOO_LONG
-    return Ineligible.NONE
+    return _ELIGIBLE
 
 
 def examine(
@@ -60,7 +61,7 @@ def examine(
     tokens = request.prompt_tokens
     cached = 0
     if request.chain:
-        chunks = view.cached_chunks(state, request.chain, load)
+        chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, state.kv_capacity_tokens)
         if chunks:
             # The last prompt token is always computed: its logits give the first output token.
             cached = min(int(chunks * request.chunk_tokens), tokens - 1)

@@ -19,18 +19,19 @@ class Ring:
 
     def extend(self, key: int, homes: list[int], wanted: int) -> None:
         """Appends successors of ``key`` that are not in ``homes`` yet until it has ``wanted`` of them."""
+        missing = wanted - len(homes)
+        if missing <= 0:
+            return
         slots = self._slots
         size = len(slots)
-        at = bisect_left(self._positions, key)
-        for _ in range(size):
-            if len(homes) >= wanted:
-                return
-            if at >= size:
-                at = 0
-            slot = slots[at]
+        start = bisect_left(self._positions, key)
+        for at in range(start, start + size):
+            slot = slots[at if at < size else at - size]
             if slot not in homes:
                 homes.append(slot)
-            at += 1
+                missing -= 1
+                if not missing:
+                    return
 
 
 class DualRing:
@@ -39,19 +40,20 @@ class DualRing:
     ``version`` identifies the members and weights they were built from: equal versions give equal homes everywhere.
     """
 
-    __slots__ = ("_a", "_b", "members", "version")
+    __slots__ = ("_a", "_b", "_wanted_a", "_wanted_both", "members", "version")
 
     def __init__(self, version: str, members: int, a: Ring, b: Ring) -> None:
         self.version = version
         self.members = members
+        self._wanted_a = min(2, members)
+        self._wanted_both = min(MAX_HOMES, members)
         self._a = a
         self._b = b
 
     def homes(self, key: int) -> tuple[int, ...]:
         """Slots of the key's first two distinct successors on ring A, then of the first two on ring B that differ
         from those. Fewer where the pool has fewer members; of three, ring B names one."""
-        members = self.members
         found: list[int] = []
-        self._a.extend(key, found, min(2, members))
-        self._b.extend(key, found, min(MAX_HOMES, members))
+        self._a.extend(key, found, self._wanted_a)
+        self._b.extend(key, found, self._wanted_both)
         return tuple(found)

@@ -1,6 +1,6 @@
 """What a relay keeps per pool and per target between snapshots, and the view of it that policies read."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from router.routing.accounts import Load
@@ -126,11 +126,13 @@ class FleetView(Protocol):
     def pool_state(self, name: str) -> PoolState | None:
         """The pool, or None when it is not in the snapshot."""
 
-    def load(self, slot: int) -> Load:
-        """Load of a target, summed over the replica and the other replicas."""
+    @property
+    def load(self) -> Callable[[int], Load]:
+        """Load of the target at a slot, summed over the replica and the other replicas."""
 
-    def cached_chunks(self, state: TargetState, chain: Chain, load: Load) -> int:
-        """Leading chunks of ``chain`` that the target holds or has queued."""
+    @property
+    def cached_chunks(self) -> Callable[[int, Chain, float, float], int]:
+        """Leading chunks of a chain that a target holds or has queued; see ``PrefixReader.cached_chunks``."""
 
     def ring_key(
         self, request: RequestFeatures, state: PoolState, policy: RoutingPolicy, now_s: float
