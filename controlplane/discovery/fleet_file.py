@@ -18,6 +18,7 @@ from twofold.profiles import ProfileError, get, load_profiles
 MAX_FILE_BYTES = 4 << 20
 MAX_WORKERS = 10_000
 FAULT_PORT_OFFSET = 1000
+POLICY_NAMES = ("twofold", "round_robin", "least_requests")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _LISTEN = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s]+):(\d{1,5})$")
 
@@ -244,7 +245,7 @@ def _faults(file: FleetFile) -> Iterator[tuple[Path_, str]]:
     for key in ("listen", "metrics"):
         if split_listen(getattr(file.control_plane, key)) is None:
             yield ("control_plane", key), "expected host:port"
-    if file.policy.name not in ("twofold", "round_robin", "least_requests"):
+    if file.policy.name not in POLICY_NAMES:
         yield ("policy", "name"), f"unknown policy {file.policy.name!r}"
     try:
         extra = load_profiles(file.profiles)

@@ -54,7 +54,7 @@ def conditions(record: WorkerRecord, pool: Pool | None) -> tuple[TargetCondition
         found += [condition for condition, own, agreed in pairs if own and agreed and own != agreed]
         if not serves(pool, facts):
             found.append(TargetCondition.MODEL_MISSING)
-    if record.failed_probes > 0:
+    if record.failed_probes > 0 and record.health is not Health.STARTING:
         found.append(TargetCondition.PROBE_FAILING)
     if record.reconfiguring_since_s is not None:
         found.append(TargetCondition.RECONFIGURING)

@@ -168,7 +168,10 @@ def _control(draft: Draft, event: ControlChanged) -> None:
     if before is not None and event.version <= before.version:
         return
     if before is None and len(draft.controls) >= MAX_CONTROLS:
-        return
+        idle = next((key for key, old in draft.controls.items() if not (old.cordoned or old.draining)), None)
+        if idle is None:
+            return
+        del draft.controls[idle]
     draft.controls[event.worker_id] = Control(version=event.version, cordoned=event.cordoned, draining=event.draining)
     if event.worker_id in draft.workers:
         draft.changed.add(event.worker_id)
@@ -185,6 +188,8 @@ def _store(draft: Draft, before: WorkerRecord, after: WorkerRecord, at_s: float)
     draft.workers[worker_id] = after
     if after.health is not before.health:
         draft.log(worker_id, at_s, after.health.value, after.message or f"was {before.health.value}")
+    elif after.message and after.message != before.message:
+        draft.log(worker_id, at_s, "probe", after.message)
     for condition in after.conditions:
         if condition not in before.conditions:
             draft.log(worker_id, at_s, condition.value, after.message or "began")

@@ -1,0 +1,1 @@
+"""Health, metrics and facts of workers, asked over HTTP."""

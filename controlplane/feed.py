@@ -1,0 +1,86 @@
+"""The stream of snapshots: history, coalescing, and one encoding for all readers."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+
+from twofold import wire
+from twofold.model.fleet import FleetSnapshot
+from twofold.v1 import fleet_pb2
+
+HISTORY = 256
+KEEPALIVE_S = 5.0
+
+
+class SnapshotFeed:
+    """Publishes snapshots of one epoch to any number of readers.
+
+    A reader is at a version; it is sent what leads from there to the present one, so a slow reader gets one delta for
+    all it missed. The delta between two versions is computed and encoded once, whoever asks for it.
+    """
+
+    def __init__(self, *, history: int = HISTORY) -> None:
+        self._history: OrderedDict[int, FleetSnapshot] = OrderedDict()
+        self._limit = history
+        self._deltas: dict[int, bytes] = {}
+        self._full: bytes | None = None
+        self._changed = asyncio.Event()
+        self._current: FleetSnapshot | None = None
+        self.readers = 0
+        self.deltas_sent = 0
+        self.snapshots_sent = 0
+
+    @property
+    def current(self) -> FleetSnapshot | None:
+        """The snapshot published last."""
+        return self._current
+
+    def publish(self, snapshot: FleetSnapshot) -> None:
+        """Make ``snapshot`` the present one and wake the readers."""
+        if self._current is not None and snapshot.version == self._current.version:
+            return
+        self._current = snapshot
+        self._history[snapshot.version] = snapshot
+        while len(self._history) > self._limit:
+            self._history.popitem(last=False)
+        self._deltas = {}
+        self._full = None
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def read(self, epoch: int, version: int, *, keepalive_s: float = KEEPALIVE_S) -> AsyncGenerator[bytes, None]:
+        """Encoded WatchResponse messages for a reader at (epoch, version); (0, 0) is a reader that has nothing."""
+        at = version if self._current is not None and epoch == self._current.epoch else -1
+        self.readers += 1
+        try:
+            while True:
+                changed = self._changed
+                current = self._current
+                if current is not None and at != current.version:
+                    yield self._from(at, current)
+                    at = current.version
+                    continue
+                try:
+                    await asyncio.wait_for(changed.wait(), keepalive_s)
+                except TimeoutError:
+                    yield _KEEPALIVE
+        finally:
+            self.readers -= 1
+
+    def _from(self, at: int, current: FleetSnapshot) -> bytes:
+        base = self._history.get(at)
+        if base is None:
+            self.snapshots_sent += 1
+            if self._full is None:
+                message = fleet_pb2.WatchResponse(snapshot=wire.snapshot_to_proto(current))
+                self._full = message.SerializeToString()
+            return self._full
+        self.deltas_sent += 1
+        encoded = self._deltas.get(at)
+        if encoded is None:
+            encoded = fleet_pb2.WatchResponse(delta=wire.diff(base, current)).SerializeToString()
+            self._deltas[at] = encoded
+        return encoded
+
+
+_KEEPALIVE = fleet_pb2.WatchResponse().SerializeToString()

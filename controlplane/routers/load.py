@@ -1,0 +1,137 @@
+"""The load that one replica reports: absolute values by target ordinal, and what changed lately."""
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from twofold.v1 import router_pb2
+
+MAX_ENTRIES = 65_536
+MAX_ORDINAL = 1 << 20
+MAX_PREFIXES = 4096
+RECENT_TICKS = 64
+_CACHED_MERGES = 8
+
+
+class Row(NamedTuple):
+    """One target's values, as LoadTick has them."""
+
+    inflight: int
+    decodes: int
+    queued_prefill_tokens: float
+    queued_prefill_s: float
+    kv_tokens: float
+    stored_tokens: float
+    failures: int
+
+
+_COLUMNS = Row._fields
+
+
+class LoadError(ValueError):
+    """A tick that no router would send; ``field`` names the culprit."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ReplicaLoad:
+    """Rows of one replica's present stream.
+
+    ``since`` answers a reader that has seen everything up to a serial: the last tick as it came, or one tick that
+    merges all it missed, or all rows when it missed too much. Memory is bounded by the number of targets.
+    """
+
+    def __init__(self, replica_id: str) -> None:
+        self.replica_id = replica_id
+        self.serial = 0
+        self.sequence = -1
+        self.inflight = 0
+        self._epoch = 0
+        self._rows: dict[int, Row] = {}
+        self._recent: deque[tuple[router_pb2.LoadTick, tuple[int, ...]]] = deque(maxlen=RECENT_TICKS)
+        self._encoded: OrderedDict[int, bytes] = OrderedDict()
+
+    def apply(self, tick: router_pb2.LoadTick) -> list[tuple[int, int]]:
+        """Take a tick of the present epoch; (ordinal, failures) where the failures changed. Raises LoadError.
+
+        A tick that is not newer than the last one changes nothing.
+        """
+        count = len(tick.ordinals)
+        if count > MAX_ENTRIES:
+            raise LoadError("load.ordinals", f"more than {MAX_ENTRIES} values")
+        if len(tick.prefixes) > MAX_PREFIXES:
+            del tick.prefixes[MAX_PREFIXES:]
+        columns = [getattr(tick, name) for name in _COLUMNS]
+        for name, column in zip(_COLUMNS, columns, strict=True):
+            if len(column) != count:
+                raise LoadError(f"load.{name}", f"{len(column)} values for {count} ordinals")
+        if count and max(tick.ordinals) >= MAX_ORDINAL:
+            raise LoadError("load.ordinals", f"a value above {MAX_ORDINAL}")
+        if any(not math.isfinite(value) or value < 0 for column in columns[2:6] for value in column):
+            raise LoadError("load", "a value that is negative or not finite")
+        if tick.sequence <= self.sequence:
+            return []
+        if tick.epoch != self._epoch:
+            self._rows, self._epoch, self.inflight = {}, tick.epoch, 0
+            self._recent.clear()
+        self.sequence = tick.sequence
+        failures = []
+        for ordinal, *values in zip(tick.ordinals, *columns, strict=True):
+            row = Row._make(values)
+            before = self._rows.get(ordinal, _NOTHING)
+            self._rows[ordinal] = row
+            self.inflight += row.inflight - before.inflight
+            if row.failures != before.failures:
+                failures.append((ordinal, row.failures))
+        self.serial += 1
+        self._recent.append((tick, tuple(tick.ordinals)))
+        self._encoded.clear()
+        return failures
+
+    def row(self, ordinal: int) -> Row:
+        """Present values of a target; zeros where it reported none."""
+        return self._rows.get(ordinal, _NOTHING)
+
+    def rows(self) -> Iterable[tuple[int, Row]]:
+        """All rows."""
+        return self._rows.items()
+
+    def keep_only(self, ordinals: set[int]) -> None:
+        """Forget targets that are no more, so that their number can mean another one later."""
+        for ordinal in [ordinal for ordinal in self._rows if ordinal not in ordinals]:
+            self.inflight -= self._rows.pop(ordinal).inflight
+
+    def since(self, serial: int) -> bytes:
+        """Encoded ReportResponse with what a reader at ``serial`` does not know yet; the same bytes for all readers."""
+        encoded = self._encoded.get(serial)
+        if encoded is None:
+            peer = router_pb2.PeerLoad(replica_id=self.replica_id, load=self._merged(self.serial - serial))
+            encoded = router_pb2.ReportResponse(peer=peer).SerializeToString()
+            self._encoded[serial] = encoded
+            while len(self._encoded) > _CACHED_MERGES:
+                self._encoded.popitem(last=False)
+        return encoded
+
+    def _merged(self, missed: int) -> router_pb2.LoadTick:
+        if missed == 1 and self._recent:
+            return self._recent[-1][0]
+        merged = router_pb2.LoadTick(epoch=self._epoch, sequence=max(0, self.sequence))
+        if missed > len(self._recent):
+            ordinals: Iterable[int] = self._rows
+        else:
+            ticks = list(self._recent)[-missed:]
+            ordinals = sorted({ordinal for _, numbers in ticks for ordinal in numbers})
+            for tick, _ in reversed(ticks):
+                room = MAX_PREFIXES - len(merged.prefixes)
+                merged.prefixes.extend(tick.prefixes[:room])
+        rows = [(ordinal, self._rows[ordinal]) for ordinal in ordinals if ordinal in self._rows]
+        merged.ordinals.extend(ordinal for ordinal, _ in rows)
+        for index, name in enumerate(_COLUMNS):
+            getattr(merged, name).extend(row[index] for _, row in rows)
+        return merged
+
+
+_NOTHING = Row(0, 0, 0.0, 0.0, 0.0, 0.0, 0)

@@ -1,0 +1,1 @@
+"""gRPC plumbing: handlers from descriptors, statuses with field names, the shared token."""
