@@ -12,6 +12,7 @@ from twofold.replay.measures import Record
 from twofold.replay.report import RunReport, percent, rounded, seconds, ttft_over_time
 
 MAX_HOST_CPU = 0.6
+PLOT_SLICES = 30
 MAX_LATENESS_RATIO = 0.2
 """An engine whose p99 step lateness is above this share of a step no longer shows the fleet, but the host."""
 
@@ -140,14 +141,15 @@ def ttft_plot(outcomes: Sequence[Outcome], *, width: int, height: int = 16, colo
     """TTFT over time as text for a terminal, a line per policy (90th percentile of each slice of the run)."""
     import plotext
 
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plotsize(width, height)
-    markers = ("braille", "dot", "x")
-    for outcome, marker, tint in zip(outcomes, markers, ("green", "red", "blue"), strict=False):
-        times, values = ttft_over_time(outcome.records, 0.9, buckets=30)
+    figure = plotext.figure
+    figure.clear()
+    figure.theme("colorless")
+    figure.plot_size(width, height)
+    for outcome, symbol, tint in zip(outcomes, "*o+", ("green", "red", "blue"), strict=False):
+        times, values = ttft_over_time(outcome.records, 0.9, buckets=PLOT_SLICES)
         if times:
-            plotext.plot(times, values, label=outcome.policy, marker=marker, color=tint if colour else "default")
-    plotext.title("TTFT p90 (s) over seconds of the run")
-    text: str = plotext.build()
-    return text if colour else plotext.uncolorize(text)
+            line = figure.signal(times, values, marker=plotext.marker(symbol, tint)).lines().label(outcome.policy)
+            figure.draw(line)
+    figure.title("TTFT p90 in seconds")
+    figure.label("seconds into the run", axis="x")
+    return str(figure.build().string(colorless=not colour))
