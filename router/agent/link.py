@@ -121,10 +121,7 @@ class ControlPlaneLink:
 
     async def _session(self) -> None:
         async with self._credentials.channel(self.address) as channel:
-            try:
-                await asyncio.wait_for(channel.channel_ready(), self._connect_timeout_s)
-            except TimeoutError:
-                raise LinkError(f"no connection within {self._connect_timeout_s:g} s") from None
+            await self._connect(channel)
             held = self.snapshot
             request = fleet_pb2.WatchRequest(
                 replica_id=self._replica_id,
@@ -143,6 +140,17 @@ class ControlPlaneLink:
                 beside.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await beside
+
+    async def _connect(self, channel: grpc.aio.Channel) -> None:
+        """Wait for the connection; a refused one fails at once, so that the next address gets its turn."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                    if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                        raise LinkError("connection refused or failed")
+                    await channel.wait_for_state_change(state)
+        except TimeoutError:
+            raise LinkError(f"no connection within {self._connect_timeout_s:g} s") from None
 
     def _note_connected(self) -> None:
         self.connected = True

@@ -139,6 +139,47 @@ async def test_streams_that_outlast_the_grace_period_are_ended(
             assert "[DONE]" not in await running
 
 
+async def test_the_share_of_a_relay_that_keeps_dying_goes_to_its_siblings(
+    tmp_path: Path, control_plane: FakeControlPlane, worker: FakeWorker, session: aiohttp.ClientSession
+) -> None:
+    worker.release.set()
+    await control_plane.set(fleet(target("t-0", worker.url)))
+    async with Replica(tmp_path, control_plane.address, relays=2) as replica:
+        await replica.usable(session, 1)
+        killed: set[int] = set()
+
+        def is_given_up_for_a_while() -> bool:
+            relay = replica.children().get("relay-1")
+            if relay is not None and relay.pid not in killed:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    relay.kill()
+                killed.add(relay.pid)
+            return '"restart_in_s": 3.' in (tmp_path / "log").read_text()
+
+        await until(is_given_up_for_a_while, "relay-1 is in a crash loop", timeout_s=40)
+        # While no process reads that socket, a connection to it would hang until the restart.
+        answers = await asyncio.wait_for(asyncio.gather(*(complete(replica, session) for _ in range(30))), 2.5)
+        assert all("[DONE]" in answer for answer in answers)
+        assert "relay-1" not in replica.children()
+
+        async def restarted() -> bool:
+            relay = (await replica.state(session))["relays"]["relay-1"]
+            return relay["pid"] not in killed and relay["state"] == "serving"
+
+        await until(restarted, "relay-1 is started again")
+        await until(lambda: served_by_both(replica, session), "both relays serve")
+
+
+async def served_by_both(replica: Replica, session: aiohttp.ClientSession) -> bool:
+    """Whether a burst of requests reached both relays, by their CPU time (their counters are only known in sum)."""
+    relays = [child for name, child in replica.children().items() if name.startswith("relay")]
+    before = [sum(relay.cpu_times()[:2]) for relay in relays]
+    await asyncio.gather(*(complete(replica, session) for _ in range(60)))
+    return len(relays) == 2 and all(
+        sum(relay.cpu_times()[:2]) > then for relay, then in zip(relays, before, strict=True)
+    )
+
+
 async def test_a_hung_relay_is_killed_and_replaced(
     tmp_path: Path, control_plane: FakeControlPlane, session: aiohttp.ClientSession
 ) -> None:
