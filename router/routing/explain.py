@@ -6,8 +6,9 @@ from router.routing.types import Decision, ExaminedTarget
 def render(decision: Decision) -> str:
     """Several lines: the outcome, the ring key, and each examined target with the parts of its price."""
     lines = [_outcome(decision)]
-    covers = f"{decision.key_depth} chunks of the prompt" if decision.key_depth else "this request or session alone"
-    lines.append(f"ring key   {decision.key:016x} ({covers}), rings {decision.ring_version or 'none'}")
+    if decision.key:
+        covers = f"{decision.key_depth} chunks of the prompt" if decision.key_depth else "this request or session alone"
+        lines.append(f"ring key   {decision.key:016x} ({covers}), rings {decision.ring_version or 'none'}")
     lines.append(
         f"prompt     {decision.prompt_tokens} tokens: {decision.cached_tokens} cached, "
         f"{decision.uncached_tokens} to compute"

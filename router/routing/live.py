@@ -18,7 +18,8 @@ from router.routing.state import PoolState, TargetState
 from router.routing.table import RoutingTable
 from router.routing.ticket import Ticket
 from router.routing.types import Decision, RequestFeatures, Resolved
-from twofold.model.fleet import FleetSnapshot, RoutingPolicy, Target
+from twofold.model.fleet import FleetSnapshot, Pool, RoutingPolicy, Target
+from twofold.model.profile import EngineProfile
 
 POPULARITY_ENTRIES = 65_536
 
@@ -65,22 +66,7 @@ class LiveFleet:
         snapshot = table.snapshot
         profiles = {profile.name: profile for profile in snapshot.profiles}
         pools = {pool.name: pool for pool in snapshot.pools}
-        states: dict[int, TargetState] = {}
-        for target in snapshot.targets:
-            pool, profile = pools.get(target.pool), profiles.get(target.profile)
-            if pool is None or profile is None:
-                continue
-            slot = table.slots[target.target_id]
-            old = self._states.get(slot)
-            if (
-                old
-                and old.target == target
-                and old.profile == profile
-                and old.max_inflight == pool.max_inflight_per_target
-            ):
-                states[slot] = old
-                continue
-            states[slot] = self._fresh_state(slot, target, old, TargetState(slot, target, profile, pool))
+        states = self._next_states(table, pools, profiles)
         members: dict[str, list[TargetState]] = {name: [] for name in pools}
         for state in sorted(states.values(), key=lambda state: state.target_id):
             members[state.target.pool].append(state)
@@ -107,6 +93,25 @@ class LiveFleet:
         self._loads.catch_up()
         self._escapes.install(self._pools)
         self._snapshot = snapshot
+
+    def _next_states(
+        self, table: RoutingTable, pools: dict[str, Pool], profiles: dict[str, EngineProfile]
+    ) -> dict[int, TargetState]:
+        """State by slot; that of a target of which nothing changed is taken over as it is."""
+        same_pools = {pool.name for pool in self._snapshot.pools if pools.get(pool.name) == pool}
+        same_profiles = {made.name for made in self._snapshot.profiles if profiles.get(made.name) == made}
+        states: dict[int, TargetState] = {}
+        for target in table.snapshot.targets:
+            pool, profile = pools.get(target.pool), profiles.get(target.profile)
+            if pool is None or profile is None:
+                continue
+            slot = table.slots[target.target_id]
+            old = self._states.get(slot)
+            if old and target.pool in same_pools and target.profile in same_profiles and old.target == target:
+                states[slot] = old
+            else:
+                states[slot] = self._fresh_state(slot, target, old, TargetState(slot, target, profile, pool))
+        return states
 
     def _fresh_state(self, slot: int, target: Target, old: TargetState | None, new: TargetState) -> TargetState:
         same_engine = (
@@ -172,9 +177,9 @@ class LiveFleet:
             raise ValueError("a rejected request has no target to account for")
         policy = self._snapshot.policy
         chain = request.chain
-        if chain:
-            counts = self._counts(request.pool, policy, now_s)
-            counts.count(chain, decision.key_depth, now_s)
+        if chain and decision.key:
+            # Policies without ring keys have no use for popularity either.
+            self._counts(request.pool, policy, now_s).count(chain, decision.key_depth, now_s)
         self._loads.catch_up()
         load = self.load(slot)
         state = self._states.get(slot)

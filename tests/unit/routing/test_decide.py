@@ -467,6 +467,49 @@ def test_warm_short_or_delayed_requests_and_assumed_first_tokens_correct_nothing
     assert live.decide(request(), NOW).chosen.correction == 1.0
 
 
+def test_a_snapshot_keeps_what_was_learnt_of_a_target_and_takes_over_what_changed() -> None:
+    fleet = snapshot([target(i) for i in range(2)])
+    live = one_live(fleet)
+    for slot in (0, 1):
+        for _ in range(50):
+            live.correct(slot, 1.0, 1.5)
+    learnt = {state.target_id: state.correction for state in live.targets()}
+    assert min(learnt.values()) > 1.4
+    changed = (msgspec.structs.replace(fleet.targets[0], cordoned=True), fleet.targets[1])
+    install(live, msgspec.structs.replace(fleet, targets=changed))
+    assert {state.target_id: state.correction for state in live.targets()} == learnt
+    assert live.decide(request(), NOW).slot == 1
+    install(live, snapshot(fleet.targets, max_model_len_tokens=10))
+    assert live.decide(request(), NOW).reason is RejectReason.CONTEXT_TOO_LONG
+    reborn = tuple(msgspec.structs.replace(t, incarnation=2) for t in fleet.targets)
+    install(live, msgspec.structs.replace(fleet, targets=reborn))
+    assert {state.correction for state in live.targets()} == {1.0}
+
+
+def test_policies_without_ring_keys_count_no_popularity() -> None:
+    fleet = snapshot([target(i) for i in range(10)], RoutingPolicy(name="round_robin"))
+    live = one_live(fleet)
+    for _ in range(100):
+        serve(live, request(chain_of(1, 4)))
+    install(live, msgspec.structs.replace(fleet, policy=RoutingPolicy()))
+    assert live.decide(request(chain_of(1, 4)), NOW).key_depth == 1
+
+
+def test_a_hot_system_prompt_spreads_over_the_fleet_and_sessions_stay_together() -> None:
+    live = one_live(snapshot([target(i) for i in range(16)]))
+    system = chain_of(0, 6)
+    homes: set[int] = set()
+    for session in range(1, 120):
+        first = serve(live, request(system + chain_of(session, 2)))
+        second = serve(live, request(system + chain_of(session, 5)))
+        homes.add(first.slot)
+        if session > 40:
+            assert first.key_depth == 7
+            assert (second.key, second.slot) == (first.key, first.slot)
+    # A key inside the system prompt would hold all of them on four homes; idle, they go where it is cached already.
+    assert len(homes) > 5
+
+
 def test_names_resolve_to_pools_and_adapters() -> None:
     fleet = snapshot([target(0)], adapters=("lora",))
     live = one_live(fleet)
