@@ -1,7 +1,6 @@
 """The link to the control plane on its own: rotation, silence, gaps, TLS."""
 
 import asyncio
-import contextlib
 import datetime
 import ipaddress
 import random
@@ -79,19 +78,10 @@ async def test_a_dead_address_is_passed_over(control_plane: FakeControlPlane) ->
 
 async def test_an_address_that_takes_connections_and_says_nothing_is_given_up(control_plane: FakeControlPlane) -> None:
     await control_plane.set(fleet(target("t-0")))
-
-    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            await reader.read()
-        writer.close()
-        done.set()
-
-    done = asyncio.Event()
-    server = await asyncio.start_server(mute, "127.0.0.1", 0)
-    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server, Watcher(address, control_plane.address, connect_timeout_s=0.5).running() as watcher:
-        await until(lambda: watcher.last, "a snapshot from the second address")
-        await until(done.is_set, "the first connection is closed")
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # the kernel accepts, nobody ever reads
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        async with Watcher(address, control_plane.address, connect_timeout_s=0.5).running() as watcher:
+            await until(lambda: watcher.last, "a snapshot from the second address")
 
 
 async def test_a_silent_watch_is_opened_again_where_it_was(control_plane: FakeControlPlane) -> None:
