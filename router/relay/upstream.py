@@ -44,6 +44,20 @@ def parse_url(url: str) -> Address:
     return Address(parts.hostname, parts.port or (443 if tls else 80), tls, prefix)
 
 
+_HEADS: dict[bytes, ResponseHead] = {}
+"""Parsed heads: those of streams are equal byte by byte for a second, whichever worker they come from."""
+MAX_HEADS = 256
+MAX_REMEMBERED_HEAD_BYTES = 1024
+
+
+def _remember(encoded: bytes, head: ResponseHead) -> None:
+    if len(encoded) > MAX_REMEMBERED_HEAD_BYTES:
+        return
+    if len(_HEADS) >= MAX_HEADS:
+        _HEADS.clear()
+    _HEADS[encoded] = head
+
+
 class ResponseReader(Protocol):
     """What reads the response on a connection."""
 
@@ -164,11 +178,15 @@ class UpstreamConnection(asyncio.Protocol):
                 if len(buffer) >= self._max_head_bytes:
                     reader.response_bad("response head too large")
                 return
-            try:
-                head = parse_response_head(buffer[:end])
-            except BadResponse as error:
-                reader.response_bad(str(error))
-                return
+            encoded = buffer[:end]
+            head = _HEADS.get(encoded)
+            if head is None:
+                try:
+                    head = parse_response_head(encoded)
+                except BadResponse as error:
+                    reader.response_bad(str(error))
+                    return
+                _remember(encoded, head)
             buffer = buffer[end + 4 :]
             if head.status == 101 or head.status < 100:
                 reader.response_bad("unexpected status")
