@@ -21,6 +21,7 @@ def default_fleet(engine: str = "emulated", vllm_python: str = "", vllm_model: s
 def _emulated() -> dict[str, Any]:
     return {
         "name": "default",
+        "routers": {"replicas": 2},
         "pools": [
             {
                 "name": "llama-8b",
@@ -45,6 +46,7 @@ def _vllm(python: str, model: str) -> dict[str, Any]:
         )
     return {
         "name": "vllm",
+        "routers": {"replicas": 2},
         "pools": [
             {
                 "name": VLLM_MODEL,

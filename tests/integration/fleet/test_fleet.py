@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import grpc
@@ -37,14 +38,19 @@ async def epoch(fleet: Fleet) -> int | None:
         return None
 
 
-async def debug_state(url: str) -> dict[str, object]:
+async def debug_state(url: str) -> dict[str, Any]:
     """What an agent says of its replica; empty while it is away."""
     try:
         async with aiohttp.ClientSession() as session, session.get(f"{url}/debug/state") as reply:
-            state: dict[str, object] = await reply.json()
+            state: dict[str, Any] = await reply.json()
             return state
     except aiohttp.ClientError:
         return {}
+
+
+def published_epoch(state: dict[str, Any]) -> int:
+    """Epoch of the snapshot that the replica's relays route by; 0 while there is none."""
+    return int((state.get("snapshot") or {}).get("epoch", 0))
 
 
 async def until(condition, timeout_s: float = 40.0) -> None:  # type: ignore[no-untyped-def]
@@ -119,7 +125,7 @@ async def test_control_plane_killed_under_load(start_fleet) -> None:  # type: ig
         async def resumed() -> bool:
             now = await epoch(fleet)
             states = [await debug_state(url) for url in fleet.router_admin_urls]
-            return now not in (None, before) and all(state.get("snapshot_epoch") == now for state in states)
+            return now not in (None, before) and all(published_epoch(state) == now for state in states)
 
         await until(resumed)
         done = len(load.outcomes)
@@ -143,7 +149,7 @@ async def test_agent_killed_under_load(start_fleet) -> None:  # type: ignore[no-
         await load.until(lambda: len(load.outcomes) >= done + 20)
 
         async def agent_is_back() -> bool:
-            return bool((await debug_state(fleet.router_admin_urls[0])).get("snapshot_epoch"))
+            return bool(published_epoch(await debug_state(fleet.router_admin_urls[0])))
 
         await until(agent_is_back)
     assert load.errors() == []
