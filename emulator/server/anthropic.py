@@ -4,29 +4,30 @@ from typing import Any
 
 from emulator.server.errors import validation_error
 from emulator.server.generation import Choice, Generation, dumps
-from emulator.server.validation import Body, convert_fields, finding
+from emulator.server.validation import CHAT_FIELDS, Body, convert_fields, finding
 
-_FIELDS = {"model": "str", "max_tokens": "int", "temperature": "float", "top_p": "float", "stream": "bool"}
+_PASSED = (
+    *("model", "max_tokens", "temperature", "top_p", "top_k", "stream", "tools"),
+    *("priority", "cache_salt", "ignore_eos"),
+)
 _STOP_REASONS = {"length": "max_tokens", "stop": "end_turn"}
 
 
 def parse_messages(body: Body) -> Body:
     """The chat body that a messages body stands for. Raises ApiError."""
-    findings = convert_fields(body, _FIELDS)
+    findings = convert_fields(body, CHAT_FIELDS)
     for name in ("messages", "max_tokens"):
         if body.get(name) is None:
             findings.append(finding("missing", f"body.{name}", body))
-    if isinstance(body.get("messages"), list | None) is False:
+    if not isinstance(body.get("messages"), list | None):
         findings.append(finding("list_type", "body.messages", body["messages"]))
     if findings:
         raise validation_error(findings)
     messages = list(body["messages"])
     if body.get("system"):
         messages.insert(0, {"role": "system", "content": body["system"]})
-    converted = {key: value for key, value in body.items() if key not in ("system", "stop_sequences", "tool_choice")}
-    converted["messages"] = messages
-    converted["stop"] = body.get("stop_sequences")
-    return converted
+    converted = {name: body[name] for name in _PASSED if name in body}
+    return {**converted, "messages": messages, "stop": body.get("stop_sequences")}
 
 
 class MessagesGeneration(Generation):

@@ -4,22 +4,15 @@ from typing import Any
 
 from emulator.server.errors import validation_error
 from emulator.server.generation import Call, Choice, Generation, dumps, new_id
-from emulator.server.validation import Body, convert_fields, finding
+from emulator.server.validation import CHAT_FIELDS, Body, convert_fields, finding
 
-_FIELDS = {
-    "model": "str",
-    "max_output_tokens": "int",
-    "temperature": "float",
-    "top_p": "float",
-    "stream": "bool",
-    "instructions": "str",
-}
+_FIELDS = {"max_output_tokens": "int", "instructions": "str"}
 _PASSED = ("model", "temperature", "top_p", "stream", "priority", "cache_salt")
 
 
 def parse_responses(body: Body) -> Body:
     """The chat body that a responses body stands for. Raises ApiError."""
-    findings = convert_fields(body, _FIELDS)
+    findings = convert_fields(body, {**CHAT_FIELDS, **_FIELDS})
     given = body.get("input")
     if given is None:
         findings.append(finding("missing", "body.input", body))

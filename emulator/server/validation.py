@@ -44,6 +44,8 @@ CHAT_FIELDS = {
     "continue_final_message": "bool",
 }
 MAX_LOGPROBS = 20
+MAX_N = 128
+"""Most choices of one prompt; vLLM's own limit is far above what anybody asks for."""
 _TRUE = frozenset({"true", "1", "yes", "on", "y", "t"})
 _FALSE = frozenset({"false", "0", "no", "off", "n", "f"})
 _MESSAGES = {
@@ -214,6 +216,8 @@ def check_sampling(body: Body, max_tokens: int) -> None:
     n = default(body.get("n"), 1)
     if n < 1:
         raise ApiError(f"n must be at least 1, got {n}.")
+    if n > MAX_N:
+        raise ApiError(f"n must be at most {MAX_N}, got {n}.")
     temperature = default(body.get("temperature"), 1.0)
     for name in ("presence_penalty", "frequency_penalty"):
         value = default(body.get(name), 0.0)
