@@ -32,7 +32,7 @@ def load(
     description: str = "",
     environ: Mapping[str, str] | None = None,
 ) -> S:
-    """Settings of this process from all sources. Exits with 2 and one line on bad input, with 0 on ``--print-config``."""
+    """Settings of this process. Exits with 2 and one line on bad input, with 0 on ``--print-config``."""
     parser = build_parser(cls, prog=prog, description=description)
     arguments = vars(parser.parse_args(argv))
     config = arguments.pop("config", None)

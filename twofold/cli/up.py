@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from controlplane.discovery.fleet_file import FleetFile, FleetFileError, load_fleet_file
+from controlplane.discovery.fleet_file import FleetFileError, load_fleet_file
 from twofold import log as logs
 from twofold import settings
 from twofold.cli.defaults import default_fleet
@@ -173,8 +173,10 @@ async def _status_view(fleet: Fleet) -> Group:
         sums[1] += load.decodes
         sums[2] += load.queued_prefill_tokens
     table = Table(box=None, pad_edge=False)
-    for column in ("WORKER", "POOL", "PROFILE", "STATE", "INFLIGHT", "DECODING", "QUEUED TOKENS", "KV USE"):
-        table.add_column(column, justify="right" if column in ("INFLIGHT", "DECODING", "QUEUED TOKENS", "KV USE") else "left")
+    for column in ("WORKER", "POOL", "PROFILE", "STATE"):
+        table.add_column(column)
+    for column in ("INFLIGHT", "DECODING", "QUEUED TOKENS", "KV USE"):
+        table.add_column(column, justify="right")
     for target in top.targets:
         inflight, decodes, queued = loads.get(target.target_id, [0, 0, 0.0])
         state = admin_state(target.health, target.cordoned, target.draining)

@@ -25,7 +25,7 @@ class StepLaw(msgspec.Struct, frozen=True, kw_only=True):
         return self.base_s + self.decode_per_seq_s * decodes + self.decode_per_kv_token_s * context_tokens
 
     def prefill_work_s(self, new_tokens: float, context_tokens: float) -> float:
-        """Seconds of prefill work for ``new_tokens`` behind ``context_tokens`` already computed; no base, no decodes."""
+        """Seconds of prefill for ``new_tokens`` behind ``context_tokens`` already computed; no base, no decodes."""
         return new_tokens * (
             self.prefill_per_token_s + self.prefill_per_token_context_s * (context_tokens + new_tokens / 2)
         )
