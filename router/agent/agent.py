@@ -252,7 +252,7 @@ class Agent:
         return ""
 
     def state(self) -> dict[str, Any]:
-        """A look inside, as JSON. Keys are documented in docs/router.md; no prompts, no secrets."""
+        """A look inside, as JSON. Keys are documented in docs/replica.md; no prompts, no secrets."""
         now_s = time.monotonic()
         table = self._publisher.table
         held = self._link.snapshot

@@ -35,7 +35,7 @@ class SlotMap(msgspec.Struct, frozen=True, kw_only=True):
     salt_of_slot: Mapping[int, int] = {}
 
     @classmethod
-    def of(cls, snapshot: FleetSnapshot, slots: Mapping[str, int], previous: "SlotMap | None" = None) -> "SlotMap":
+    def of(cls, snapshot: FleetSnapshot, slots: Mapping[str, int]) -> "SlotMap":
         """The map of ``snapshot`` under the slot assignment ``slots``; targets without a slot are left out."""
         placed: list[tuple[Target, int]] = [
             (target, slots[target.target_id]) for target in snapshot.targets if target.target_id in slots
