@@ -72,6 +72,16 @@ def test_old_heat_fades_with_the_half_life() -> None:
     assert key_of(counts, (1, 2, 3), 51.0) == (1, 1)
 
 
+def test_a_share_is_a_share_of_recent_requests() -> None:
+    counts = Popularity(10.0, 0.0)
+    for session in range(100):
+        serve(counts, (1, 1000 + session), 0.0, targets=2)
+    for session in range(50):
+        serve(counts, (2, 5000 + session), 50.0, targets=2)
+    # 50 of 150 would be less than half; of what 50 s leave of the first 100 it is nearly all.
+    assert key_of(counts, (2, 9), 50.0, targets=2) == (9, 2)
+
+
 def test_counts_survive_any_length_of_time() -> None:
     counts = Popularity(1.0, 0.0)
     for now_s in (0.0, 600.0, 1300.0, 1e6, 1e9):
