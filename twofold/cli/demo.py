@@ -28,10 +28,11 @@ POLICIES = ("twofold", "least_requests", "round_robin")
 MOONCAKE_POLICIES = ("twofold", "round_robin")
 MOONCAKE_REQUESTS = 2000
 MOONCAKE_SPEED = 4.0
+TABLE_WIDTH = 110
 EMULATED_TRAFFIC = (
-    "sessions=110,rate=8,agents=0.5,prompts=10,zipf=0.7,system_tokens=1500,turns=3,max_turns=6,user_tokens=300,"
-    "output_tokens=60,think_s=1.5,toolsets=4,functions=8,tool_tokens=1500,steps=5,max_steps=9,task_tokens=600,"
-    "result_tokens=700,call_tokens=40,tool_s=0.6,max_tokens=3000"
+    "sessions=72,rate=6.5,agents=0.5,prompts=10,zipf=0.7,system_tokens=1500,turns=2.5,max_turns=4,user_tokens=300,"
+    "output_tokens=28,think_s=0.6,toolsets=4,functions=8,tool_tokens=1500,steps=4,max_steps=5,task_tokens=600,"
+    "result_tokens=700,call_tokens=16,tool_s=0.3,max_tokens=2000"
 )
 """Calibrated so that the fleet of the demo is loaded to about two thirds and the host stays below 60 % CPU."""
 VLLM_TRAFFIC = (
@@ -137,6 +138,8 @@ def _mooncake_plan(options: DemoSettings) -> demo_run.Plan:
 async def _demo(options: DemoSettings, plan: demo_run.Plan, run_dir: Path) -> int:
     started_s = time.monotonic()
     console = Console(no_color=options.plain or None, force_terminal=False if options.plain else None)
+    if not console.is_terminal:
+        console.width = max(console.width, TABLE_WIDTH)
     console.print(f"{plan.title}; {demo_run.fleet_text(plan.file)}", soft_wrap=True, markup=False)
     runner = demo_run.PlanRunner(plan, run_dir, console)
     outcomes = await runner.run()

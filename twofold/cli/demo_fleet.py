@@ -11,6 +11,7 @@ from twofold.cli.defaults import default_fleet
 PORTS = 64
 FIRST_PORT, LAST_PORT = 20_000, 30_000
 MODEL = "llama-3.1-8b"
+DEMO_PROFILES = ("l40s-8b-tp1", "l4-8b-tp2")
 
 
 class PortError(OSError):
@@ -23,8 +24,9 @@ def demo_fleet(engine: str, vllm_python: str = "", vllm_model: str = "") -> Flee
     mapping["name"] = "demo"
     mapping["routers"]["replicas"] = 2
     if engine == "emulated":
-        for group in mapping["pools"][0]["workers"]:
-            group |= {"engines_per_process": 4, "fault_injection": True}
+        # Engines with long steps, so that a small host can keep eight of them on time.
+        shared = {"engine": "emulated", "replicas": 4, "engines_per_process": 4, "fault_injection": True}
+        mapping["pools"][0]["workers"] = [{"profile": profile} | shared for profile in DEMO_PROFILES]
     return on_free_ports(mapping)
 
 

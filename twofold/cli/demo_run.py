@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ HOMES_SAMPLE = 600
 MAX_LATENESS_S = 0.05
 PLOT_WIDTH = 100
 FAULT_AFTER_REQUESTS = 20
+TRY_TIMEOUT_S = 10
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +106,7 @@ class PlanRunner:
             if plant:
                 await stack.enter_async_context(plant.planted(generator))
             await generator.run(open_workload(plan.workload))
-        host_cpu = meter.busy()
+        host_cpu, own_cpu = meter.busy(), meter.own()
         self.interrupted = generator.interrupted
         after = await engines.read_counters(demo_fleet.engine_urls(fleet.file))
         lateness = compare.worst_lateness(await asyncio.gather(*map(engines.engine_stats, admin_urls)))
@@ -133,6 +135,7 @@ class PlanRunner:
             report=result,
             records=generator.records,
             host_cpu=host_cpu,
+            own_cpu=own_cpu,
             engine_lateness_ratio=lateness,
         )
 
@@ -151,11 +154,11 @@ class PlanRunner:
 
     async def _try(self, fleet: Fleet) -> None:
         line = curl_line(fleet.router_urls[0], fleet.file.pools[0].models[0])
-        process = await asyncio.create_subprocess_shell(
-            f"{line} --silent --max-time 10", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        # On a thread, because uvloop forks and gRPC has threads that complain of it.
+        done = await asyncio.to_thread(
+            subprocess.run, f"{line} --silent --max-time {TRY_TIMEOUT_S}", shell=True, capture_output=True, check=False
         )
-        output, _ = await process.communicate()
-        answered = process.returncode == 0 and b"[DONE]" in output
+        answered = done.returncode == 0 and b"[DONE]" in done.stdout
         self.tried = "just answered by the demo's fleet" if answered else "not tried here: curl failed"
 
 

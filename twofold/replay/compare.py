@@ -1,5 +1,6 @@
 """One workload under several routing policies: outcomes side by side."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     report: RunReport
     records: list[Record]
     host_cpu: float
+    own_cpu: float
+    """Share of the host's CPU time that demo and fleet used themselves."""
     engine_lateness_ratio: float | None = None
     wall_s: float = 0.0
     """Seconds for everything: start of the fleet, run, stop."""
@@ -35,10 +38,16 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CpuMeter:
-    """Share of the whole host's CPU time that was in use since the meter was made."""
+    """Shares of the host's CPU time in use since the meter was made: by everybody, and by this process's family."""
 
     def __init__(self) -> None:
         self._before = psutil.cpu_times()
+        self._own_before = _family_cpu_s()
+
+    def own(self) -> float:
+        """0..1; this process and all its descendants that still run."""
+        total = sum(psutil.cpu_times()) - sum(self._before)
+        return max(0.0, _family_cpu_s() - self._own_before) / total if total > 0 else 0.0
 
     def busy(self) -> float:
         """0..1; time spent waiting for disks is idle."""
@@ -46,6 +55,16 @@ class CpuMeter:
         total = sum(now) - sum(before)
         idle = (now.idle - before.idle) + (getattr(now, "iowait", 0.0) - getattr(before, "iowait", 0.0))
         return 1.0 - idle / total if total > 0 else 0.0
+
+
+def _family_cpu_s() -> float:
+    own = psutil.Process()
+    seconds_used = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds_used += times.user + times.system
+    return seconds_used
 
 
 def worst_lateness(stats: Sequence[dict[str, Any]]) -> float | None:
@@ -85,6 +104,7 @@ def _policy_result(outcome: Outcome) -> dict[str, Any]:
         "goodput_rps": figures.goodput_rps,
         "duration_s": figures.duration_s,
         "host_cpu": outcome.host_cpu,
+        "own_cpu": outcome.own_cpu,
         "engine_lateness_p99_ratio": outcome.engine_lateness_ratio,
         "generator_lateness_p99_s": figures.lateness_p99_s,
     }
@@ -128,7 +148,10 @@ def comparison_warnings(outcomes: Sequence[Outcome]) -> list[str]:
                 f"INVALID: {name}: engine steps were late (p99 {percent(outcome.engine_lateness_ratio)} of a step)"
             )
         if outcome.host_cpu > MAX_HOST_CPU:
-            warnings.append(f"WARNING: {name}: the host was busy ({percent(outcome.host_cpu)}): latencies include that")
+            warnings.append(
+                f"WARNING: {name}: the host was busy ({percent(outcome.host_cpu)}, of it "
+                f"{percent(outcome.own_cpu)} the demo): latencies include that"
+            )
         if report.first_error:
             warnings.append(f"WARNING: {name}: first error: {report.first_error}")
         if report.first_violation:

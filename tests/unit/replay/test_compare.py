@@ -53,7 +53,7 @@ def outcome(policy: str = "twofold", ttft_s: float = 0.4, **changes: Any) -> Out
         prompts_cut=0,
         interrupted=False,
     )
-    values: dict[str, Any] = {"policy": policy, "report": report, "records": records, "host_cpu": 0.3}
+    values: dict[str, Any] = {"policy": policy, "report": report, "records": records, "host_cpu": 0.3, "own_cpu": 0.2}
     return Outcome(**(values | changes))
 
 
@@ -79,7 +79,7 @@ def test_the_result_has_the_documented_keys() -> None:
 def test_a_busy_host_and_late_engines_are_said() -> None:
     assert comparison_warnings([outcome()]) == []
     (busy,) = comparison_warnings([outcome(host_cpu=0.75)])
-    assert "host was busy (75.0%)" in busy
+    assert "host was busy (75.0%, of it 20.0% the demo)" in busy
     (late,) = comparison_warnings([outcome(engine_lateness_ratio=0.5)])
     assert late.startswith("INVALID: twofold: engine steps were late")
 
