@@ -195,6 +195,7 @@ def test_shutdown_timeout_lets_streams_finish_and_refuses_new_work(start: Start)
 def test_shutdown_timeout_passes(start: Start) -> None:
     emulator = start("--shutdown-timeout", "0.3", "--time-scale", "0.05")
     with open_request(emulator.url, "POST", "/v1/completions", body(1500), timeout_s=1.0) as stream:
+        wait_until(lambda: exchange(emulator.admin, "GET", "/stats").json()["engines"][0]["running"] == 1)
         emulator.process.terminate()
         wait_until(lambda: refused(emulator.url))
         assert silent(stream)
