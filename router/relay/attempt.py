@@ -4,7 +4,7 @@ import asyncio
 import logging
 from typing import Protocol
 
-from router.http.chunked import BodyDecoder, ChunkedDecoder, FramingError, encode_chunk
+from router.http.chunked import BodyDecoder, FramingError, encode_chunk
 from router.http.response_head import ResponseHead
 from router.relay.context import RelayContext
 from router.relay.endings import (
@@ -15,32 +15,13 @@ from router.relay.endings import (
     status_ending,
     stream_ending,
 )
-from router.relay.events import EventStream, count_events
+from router.relay.events import EventStream, count_events, whole_events_before
 from router.relay.fleet import RelayTarget
 from router.relay.upstream import UpstreamConnection, WorkerConnections
+from router.routing.ticket import Ticket
 from router.routing.types import Decision
 
 log = logging.getLogger(__name__)
-
-
-class Ticket(Protocol):
-    """The part of the routing core's ticket that an attempt uses."""
-
-    @property
-    def assume_first_token_at_s(self) -> float:
-        """When the prefill is predicted to be over."""
-
-    def first_token(self, now_s: float) -> None:
-        """The first output came: the prefill is over."""
-
-    def assume_first_token(self, now_s: float) -> None:
-        """The prefill is taken to be over, though an unstreamed response does not show it."""
-
-    def tokens(self, count: int) -> None:
-        """Output grew."""
-
-    def finish(self, now_s: float, failed: bool) -> None:
-        """It ended; idempotent."""
 
 
 class AttemptOwner(Protocol):
@@ -298,7 +279,7 @@ class Attempt:
             self._count(out, now_s)
             self._owner.attempt_events(self, out)
             return not self._ended
-        good = _before_marker(out, seen, framed=self._chunked_out)
+        good = whole_events_before(out, seen.markers, framed=self._chunked_out)
         if good and self.outputs:
             self._count(good, now_s)
             self._owner.attempt_events(self, encode_chunk(good) if self._chunked_out else good)
@@ -419,15 +400,3 @@ class Attempt:
 
 def _cause(error: Exception) -> str:
     return type(error).__name__ if not isinstance(error, OSError) or not error.strerror else error.strerror
-
-
-def _before_marker(out: bytes, seen: Seen, *, framed: bool) -> bytes:
-    """Payload of the whole events in front of the event that ends a stream badly."""
-    payload = ChunkedDecoder().feed(out) if framed else out
-    markers = seen.markers
-    candidates = [payload.find(marker) for marker in (*markers.aborts, *markers.done)]
-    if markers.error:
-        candidates.append(payload.find(markers.error))
-    first = min((position for position in candidates if position >= 0), default=0)
-    boundary = payload.rfind(b"\n\n", 0, first)
-    return payload[: boundary + 2] if boundary >= 0 else b""

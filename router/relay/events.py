@@ -8,6 +8,7 @@ worker, an error event or the continuation from elsewhere can follow.
 from router.http.chunked import ChunkedDecoder, encode_chunk, whole_chunks
 from router.http.limits import BufferBudget
 from router.http.response_head import ResponseHead
+from router.relay.endings import Markers
 
 
 class EventStream:
@@ -99,3 +100,14 @@ def _last_boundary(payload: bytes, start: int) -> int:
 def count_events(data: bytes) -> int:
     """Events in a run of whole events. JSON escapes line feeds, so only event ends count."""
     return data.count(b"\n\n") or data.count(b"\r\n\r\n") or 1
+
+
+def whole_events_before(run: bytes, markers: Markers, *, framed: bool) -> bytes:
+    """Payload of the events in front of the one with which a stream ends badly; ``run`` is whole events."""
+    payload = ChunkedDecoder().feed(run) if framed else run
+    candidates = [payload.find(marker) for marker in (*markers.aborts, *markers.done)]
+    if markers.error:
+        candidates.append(payload.find(markers.error))
+    first = min((position for position in candidates if position >= 0), default=0)
+    boundary = payload.rfind(b"\n\n", 0, first)
+    return payload[: boundary + 2] if boundary >= 0 else b""
