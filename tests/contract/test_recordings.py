@@ -28,7 +28,7 @@ _FREE_STRINGS = frozenset(
 _FREE_NUMBERS = frozenset(
     {
         *("created", "created_at", "prompt_tokens", "total_tokens", "input_tokens", "original_input_tokens", "count"),
-        "cached_tokens",
+        *("cached_tokens", "logprob", "rank"),
     }
 )
 _CONTENT_REASONS = frozenset({"stop", "length", "end_turn", "max_tokens"})
