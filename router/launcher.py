@@ -64,7 +64,7 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     relay_config: Annotated[str, _help("YAML file with relay settings")] = ""
     slots: Annotated[int, _help("most targets the replica can hold")] = DEFAULT_SLOTS
     grace_s: Annotated[float, _help("running streams may go on this long after SIGTERM")] = 30.0
-    hang_timeout_s: Annotated[float, _help("a relay that does not beat for this long is killed; 0 never")] = 30.0
+    hang_timeout_s: Annotated[float, _help("a child that does not beat for this long is killed; 0 never")] = 30.0
     log_file: Annotated[str, _help("append JSON lines here instead of standard error")] = ""
     log_level: Annotated[str, _help("debug, info, warning or error")] = "info"
 
@@ -279,7 +279,7 @@ class Launcher:
         replica = self._replica
         assert replica is not None
         now_s = time.monotonic()
-        writer = AGENT if child is self._agent else self._relays.index(child)
+        writer = self._writer(child)
         heartbeat = replica.heartbeat(writer)
         heartbeat.beat(now_s, ProcessState.STOPPED, heartbeat.read().snapshot_version, 0)
         if writer == AGENT:
@@ -309,11 +309,14 @@ class Launcher:
         replica = self._replica
         if not timeout_s or replica is None:
             return
-        for index, child in enumerate(self._relays):
-            beat = replica.heartbeat(index).read()
+        for child in self._children():
+            beat = replica.heartbeat(self._writer(child)).read()
             if child.running and beat.pid == child.pid and now_s - beat.beat_s > timeout_s:
-                log.error("relay hangs, killing it", extra={"child": child.name, "child_pid": child.pid})
+                log.error("child hangs, killing it", extra={"child": child.name, "child_pid": child.pid})
                 child.send(signal.SIGKILL)
+
+    def _writer(self, child: Child) -> int:
+        return AGENT if child is self._agent else self._relays.index(child)
 
     def _stop(self) -> None:
         """Relays drain within the grace period, then the agent ends. A second stop signal ends the patience."""

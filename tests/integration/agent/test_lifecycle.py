@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +182,34 @@ async def served_by_both(replica: Replica, session: aiohttp.ClientSession) -> bo
     )
 
 
-async def test_a_hung_relay_is_killed_and_replaced(
-    tmp_path: Path, control_plane: FakeControlPlane, session: aiohttp.ClientSession
+@pytest.mark.parametrize("name", ["relay-0", "agent"])
+async def test_a_child_that_hangs_is_killed_and_replaced(
+    tmp_path: Path, control_plane: FakeControlPlane, session: aiohttp.ClientSession, name: str
 ) -> None:
     await control_plane.set(fleet(target("t-0")))
     async with Replica(tmp_path, control_plane.address, hang_timeout_s="2") as replica:
         await replica.usable(session, 1)
-        relay = replica.children()["relay-0"]
-        os.kill(relay.pid, signal.SIGSTOP)
-        await until(lambda: replica.children().get("relay-0", relay).pid != relay.pid, "a new relay")
+        hung = replica.children()[name]
+        os.kill(hung.pid, signal.SIGSTOP)
+        await until(lambda: replica.children().get(name, hung).pid != hung.pid, "a new process")
         await replica.usable(session, 1)
-        assert "relay hangs, killing it" in (tmp_path / "log").read_text()
+        assert "child hangs, killing it" in (tmp_path / "log").read_text()
+
+
+async def test_without_a_memory_backed_directory_the_run_directory_serves(
+    tmp_path: Path, control_plane: FakeControlPlane, worker: FakeWorker, session: aiohttp.ClientSession
+) -> None:
+    worker.release.set()
+    await control_plane.set(fleet(target("t-0", worker.url)))
+    run_dir = Path(tempfile.mkdtemp(prefix="twofold-"))  # short: a Unix socket lies in it
+    try:
+        async with Replica(run_dir, control_plane.address, shm_dir="/nonexistent") as replica:
+            await replica.usable(session, 1)
+            assert (run_dir / "routers" / "r0" / "shm" / "agent.sock").exists()
+            assert "[DONE]" in await complete(replica, session)
+        assert not (run_dir / "routers" / "r0" / "shm").exists()
+    finally:
+        shutil.rmtree(run_dir)
 
 
 async def test_children_end_with_a_launcher_that_is_killed_and_the_next_one_cleans_up(

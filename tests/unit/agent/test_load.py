@@ -1,5 +1,7 @@
 """Load on its way up and down: what is sent when, and what the sum over peers is."""
 
+import math
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,6 +259,40 @@ def test_ticks_survive_the_wire(rows: dict[int, LoadRow], prefixes: list[tuple[i
     sent = Tick(rows=tuple(rows.items()), prefixes=tuple(prefixes))
     data = tick_to_proto(sent, 3, 1).SerializeToString()
     assert tick_from_proto(router_pb2.LoadTick.FromString(data)) == sent
+
+
+uint32s = st.integers(0, 2**32 - 1)
+any_floats = st.floats(width=32)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(uint32s, uint32s, uint32s, any_floats, any_floats, any_floats, any_floats, uint32s), max_size=20
+    ),
+    prefixes=st.lists(st.tuples(uint32s, st.lists(st.integers(0, 2**64 - 1), max_size=200)), max_size=3),
+)
+def test_whatever_a_peer_says_leaves_finite_accounts(
+    rows: list[tuple[int, int, int, float, float, float, float, int]], prefixes: list[tuple[int, list[int]]]
+) -> None:
+    columns = list(zip(*rows, strict=True)) if rows else [()] * 8
+    names = ("ordinals", "inflight", "decodes", "queued_prefill_tokens", "queued_prefill_s", "kv_tokens")
+    message = router_pb2.LoadTick(
+        epoch=3,
+        **dict(zip((*names, "stored_tokens", "failures"), columns, strict=True)),
+        prefixes=[router_pb2.SentPrefix(ordinal=ordinal, hashes=hashes) for ordinal, hashes in prefixes],
+    )
+    got = tick_from_proto(router_pb2.LoadTick.FromString(message.SerializeToString()))
+    assert got is not None
+    down, reader = remote(in_memory(SLOTS))
+    # Ordinals are made to hit, so that what was parsed reaches the accounts.
+    hitting = tuple((100 + ordinal % SLOTS, row) for ordinal, row in got.rows)
+    told = tuple((100 + ordinal % SLOTS, hashes) for ordinal, hashes in got.prefixes)
+    down.receive("a", 3, Tick(rows=hitting, prefixes=told), MAP, 0.0)
+    for slot in range(SLOTS):
+        row = reader.row(slot)
+        assert math.isfinite(row.queued_prefill_s + row.queued_prefill_tokens + row.kv_tokens + row.stored_tokens)
+        assert 0 <= row.decodes <= row.inflight
 
 
 @settings(deadline=None)
