@@ -69,6 +69,15 @@ def _child(node: yaml.Node, part: str | int) -> tuple[yaml.Node, int] | None:
     return None
 
 
+def _refuse_duplicates(node: yaml.MappingNode) -> None:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise YamlError(f"{key.value[:64]!r} is given twice", key.start_mark.line + 1)
+            seen.add(key.value)
+
+
 def _check_size(root: yaml.Node) -> None:
     """Refuse trees that are too large once aliases are written out, and those that contain themselves."""
     sizes: dict[int, int] = {}
@@ -89,6 +98,7 @@ def _check_size(root: yaml.Node) -> None:
             total += sum(size(child, depth + 1) for child in node.value)
         elif isinstance(node, yaml.MappingNode):
             total += sum(size(key, depth + 1) + size(value, depth + 1) for key, value in node.value)
+            _refuse_duplicates(node)
         open_nodes.discard(id(node))
         if total > MAX_NODES:
             raise YamlError(f"more than {MAX_NODES} values", line)

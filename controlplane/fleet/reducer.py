@@ -28,6 +28,8 @@ from controlplane.fleet.values import (
 )
 from twofold.model.fleet import Health
 
+_ENDED = 1 << 62
+"""Sequence of a replica's stream that is over."""
 _PRECEDENCE = (Source.FILE, Source.PROVIDER, Source.LEASE)
 
 
@@ -42,6 +44,9 @@ def reduce(state: FleetState, events: Iterable[Event]) -> FleetState:
     draft = Draft(state)
     for event in batch:
         draft.now_s = max(draft.now_s, event.at_s)
+        if draft.members_changed and not isinstance(event, SourceChanged | ConfigChanged):
+            # What follows may be about a worker that was declared just before.
+            _settle_members(draft)
         _apply(draft, event)
     if draft.members_changed:
         _settle_members(draft)
@@ -102,7 +107,7 @@ def _failures(draft: Draft, event: RouterFailures) -> None:
     last = draft.replicas.get(event.replica_id)
     if last is not None and (event.stream, event.sequence) <= last:
         return
-    if last is None and len(draft.replicas) >= MAX_REPLICAS:
+    if last is None and not _room_for_replica(draft):
         return
     if last is not None and event.stream > last[0]:
         _forget_replica(draft, event.replica_id, event.at_s)
@@ -131,7 +136,17 @@ def _router_gone(draft: Draft, event: RouterGone) -> None:
     last = draft.replicas.get(event.replica_id)
     if last is not None and event.stream >= last[0]:
         _forget_replica(draft, event.replica_id, event.at_s)
-        del draft.replicas[event.replica_id]
+        # Kept, so that a late report of the ended stream is not taken for news.
+        draft.replicas[event.replica_id] = (event.stream, _ENDED)
+
+
+def _room_for_replica(draft: Draft) -> bool:
+    if len(draft.replicas) >= MAX_REPLICAS:
+        ended = next((key for key, (_, sequence) in draft.replicas.items() if sequence == _ENDED), None)
+        if ended is None:
+            return False
+        del draft.replicas[ended]
+    return True
 
 
 def _forget_replica(draft: Draft, replica_id: str, at_s: float) -> None:
@@ -215,6 +230,7 @@ def _store(draft: Draft, before: WorkerRecord, after: WorkerRecord, at_s: float)
 
 def _settle_members(draft: Draft) -> None:
     """Workers are what the sources declare, in pools and with profiles that exist."""
+    draft.members_changed = False
     specs: dict[str, tuple[Source, WorkerSpec]] = {}
     for source in _PRECEDENCE:
         for worker_id, spec in draft.sources.get(source, (0, {}))[1].items():
