@@ -29,7 +29,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelClass(msgspec.Struct, frozen=True, kw_only=True):
-    """A model size. ``attention_width`` = layers x heads x head size: the products of one token's attention per position."""
+    """A model size. ``attention_width`` = layers x heads x head size."""
 
     key: str
     name: str
