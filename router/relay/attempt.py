@@ -12,6 +12,7 @@ from router.relay.endings import (
     Ending,
     Markers,
     Seen,
+    output_tokens,
     status_ending,
     stream_ending,
 )
@@ -349,6 +350,7 @@ class Attempt:
             if self.head.status < 400:
                 self.outputs = 1
                 self._first_output(self._last_byte_s)
+                self._pool_metrics.add(self._pool_metrics.events, output_tokens(body))
             self._owner.attempt_whole(self, body)
         self._end(ending)
 

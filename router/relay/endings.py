@@ -120,7 +120,7 @@ def markers_of(endpoint: Endpoint) -> Markers:
 class Seen:
     """What the events of one stream have shown so far."""
 
-    __slots__ = ("_done", "_error", "_finish", "aborted", "done", "error", "finished", "markers")
+    __slots__ = ("_done", "_error", "_finish", "aborted", "done", "error", "finished", "markers", "refused")
 
     def __init__(self, markers: Markers) -> None:
         self.markers = markers
@@ -130,6 +130,9 @@ class Seen:
         self.finished = not markers.finish
         self.aborted = False
         self.error = False
+        """An error event that blames the engine."""
+        self.refused = False
+        """An error event that blames the request: final, like a 4xx."""
         self.done = False
 
     def look(self, events: bytes) -> bool:
@@ -138,11 +141,40 @@ class Seen:
             self.finished = True
             self.aborted = any(marker in events for marker in self.markers.aborts)
         if self._error and self._error in events:
-            self.error = True
+            self.refused = _blames_request(events, self._error)
+            self.error = not self.refused
         for marker in self._done:
             if marker in events and (marker + b"\n" in events or marker + b"\r\n" in events):
                 self.done = True
-        return self.done or self.error or self.aborted
+        return self.done or self.error or self.aborted or self.refused
+
+
+_REQUEST_ERROR = re.compile(rb'"code":\s*4\d\d\b|"type":\s*"(?:invalid_request|not_found|rate_limit)_error"')
+
+
+def _blames_request(events: bytes, marker: bytes) -> bool:
+    """Whether the error event in ``events`` bears a 4xx code.
+
+    Were it taken for the engine's fault, one bad client could open the circuits of a whole fleet.
+    """
+    start = events.find(marker)
+    end = events.find(b"\n\n", start)
+    return _REQUEST_ERROR.search(events, start, end if end >= 0 else len(events)) is not None
+
+
+_USAGE = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
+_USAGE_TAIL_BYTES = 4096
+
+
+def output_tokens(body: bytes) -> int:
+    """Output tokens by the usage at the end of an unstreamed response; 0 where it has none.
+
+    A byte search: generated text cannot hold unescaped quotes.
+    """
+    found = 0
+    for match in _USAGE.finditer(body, max(0, len(body) - _USAGE_TAIL_BYTES)):
+        found = int(match[1])
+    return found
 
 
 def stream_ending(seen: Seen, *, framing_complete: bool) -> Ending:
@@ -150,6 +182,8 @@ def stream_ending(seen: Seen, *, framing_complete: bool) -> Ending:
 
     ``framing_complete``: the body came to the end that its framing states.
     """
+    if seen.refused:
+        return Ending.COMPLETE
     if seen.error:
         return Ending.ENGINE_ERROR
     if seen.aborted:

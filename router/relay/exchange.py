@@ -218,6 +218,8 @@ class Exchange:
 
     def attempt_first_output(self, attempt: Attempt, now_s: float) -> None:
         """See AttemptOwner."""
+        if not self._features.stream:
+            return
         ttft_s = now_s - self._arrival_s
         self._metrics.observe(self._metrics.ttft, ttft_s)
         if self._entry is not None:

@@ -229,6 +229,25 @@ async def test_failure_midway_is_an_error_event_and_never_looks_finished(
         assert not router.context.exchanges
 
 
+async def test_error_event_that_blames_the_request_is_final(router: TestRelay) -> None:
+    refusal = b'{"error":{"message":"bad grammar","type":"BadRequestError","param":null,"code":400}}'
+
+    async def refuse(request: WorkerRequest) -> None:
+        await request.start_stream()
+        await request.event(refusal)
+        await request.event(b"[DONE]")
+        await request.send(b"0\r\n\r\n")
+
+    async with FakeWorker(refuse) as worker:
+        router.install(worker, worker)
+        for _ in range(8):
+            response = await router.call("/v1/completions", STREAM)
+            assert response.body == b"data: " + refusal + b"\n\ndata: [DONE]\n\n"
+            assert response.complete
+        assert len(worker.requests) == 8
+        assert router.count("failures", "engine-error") == 0
+
+
 async def test_messages_streams_fail_in_anthropics_shape(router: TestRelay) -> None:
     async def script(request: WorkerRequest) -> None:
         await request.start_stream()

@@ -11,6 +11,7 @@ from router.relay.endings import (
     Seen,
     client_error,
     markers_of,
+    output_tokens,
     status_ending,
     stream_ending,
 )
@@ -23,6 +24,9 @@ ABORT = b'data: {"choices":[{"index":0,"text":"","finish_reason":"abort"}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3}}\n\n'
 DONE = b"data: [DONE]\n\n"
 ERROR = b'data: {"error":{"message":"EngineCore encountered an issue","code":500}}\n\n'
+
+
+REFUSAL = b'data: {"error":{"message":"bad guided grammar","type":"BadRequestError","code":400}}\n\n'
 
 
 def ending(endpoint: Endpoint, *runs: bytes, framing_complete: bool) -> Ending:
@@ -46,6 +50,7 @@ def ending(endpoint: Endpoint, *runs: bytes, framing_complete: bool) -> Ending:
         ((TOKEN, DONE), Ending.DONE_WITHOUT_FINISH),
         ((TOKEN, ERROR, DONE), Ending.ENGINE_ERROR),
         ((TOKEN, ABORT, DONE), Ending.ABORTED),
+        ((REFUSAL, DONE), Ending.COMPLETE),
     ],
 )
 def test_completions(runs: tuple[bytes, ...], expected: Ending, framing_complete: bool) -> None:
@@ -101,6 +106,13 @@ def test_other_endpoints() -> None:
 )
 def test_statuses(status: int, body: bytes, expected: Ending) -> None:
     assert status_ending(status, body) is expected
+
+
+def test_output_tokens_of_unstreamed_responses() -> None:
+    text = b'{"choices":[{"text":"\\"completion_tokens\\":77"}],"usage":{"prompt_tokens":4,"completion_tokens":8}}'
+    assert output_tokens(text) == 8
+    assert output_tokens(b'{"usage":{"input_tokens":4,"output_tokens": 9}}') == 9
+    assert output_tokens(b'{"data":[]}') == 0
 
 
 def test_every_ending_has_an_error_and_a_place() -> None:
