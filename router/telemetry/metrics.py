@@ -92,68 +92,6 @@ class RelayMetrics:
             ("pool",),
             max_series=MAX_POOLS,
         )
-        self.prompt_tokens = metrics.prompt_tokens.cell(pool)
-        self.cached_tokens = metrics.cached_tokens.cell(pool)
-        self.decisions = metrics.decisions.cell(pool)
-
-    def add(self, cell: int, amount: float = 1.0) -> None:
-        """Add to a counter or gauge cell."""
-        self._cells[cell] += amount
-
-    def observe(self, histogram: Histogram, value_s: float) -> None:
-        """Count one value."""
-        cells = self._cells
-        cells[histogram.base + bisect_left(histogram.bounds, value_s)] += 1.0
-        cells[histogram.sum_cell] += value_s
-
-    def output(self, events: int, gap_s: float) -> None:
-        """``events`` arrived together, ``gap_s`` after those before them: each took an equal part of the gap."""
-        cells = self._cells
-        cells[self.events] += events
-        gap = self._gap
-        cells[gap.base + bisect_left(gap.bounds, gap_s / events)] += events
-        cells[gap.sum_cell] += gap_s
-
-
-class RelayMetrics:
-    """All series of one relay process."""
-
-    def __init__(self, slab: CounterSlab) -> None:
-        self.slab = slab
-        counter, gauge, histogram = slab.counter, slab.gauge, slab.histogram
-        self.requests = counter(
-            "twofold_requests_total",
-            "Requests answered, by pool and HTTP status (499: the client left)",
-            ("pool", "code"),
-        )
-        self.duration = histogram(
-            "twofold_request_duration_seconds",
-            "From the request's arrival to the end of its response",
-            END_TO_END_S,
-            ("pool",),
-            max_series=MAX_POOLS,
-        )
-        self.ttft = histogram(
-            "twofold_ttft_seconds",
-            "From a streamed request's arrival to its first event",
-            TTFT_S,
-            ("pool",),
-            max_series=MAX_POOLS,
-        )
-        self.inter_token = histogram(
-            "twofold_inter_token_seconds",
-            "Between successive events of a stream",
-            INTER_TOKEN_S,
-            ("pool",),
-            max_series=MAX_POOLS,
-        )
-        self.inflight = gauge("twofold_inflight_requests", "Requests in progress", ("pool",), max_series=MAX_POOLS)
-        self.output_events = counter(
-            "twofold_output_events_total",
-            "Output tokens delivered: events of streams, usage of other responses",
-            ("pool",),
-            max_series=MAX_POOLS,
-        )
         self.prompt_tokens = counter(
             "twofold_prompt_tokens_total", "Prompt tokens routed, estimated from bytes", ("pool",), max_series=MAX_POOLS
         )
