@@ -96,14 +96,24 @@ class Exchange:
 
     # -- start and retries
 
-    def start(self) -> None:
-        """Decide and send. Everything after this happens in callbacks."""
+    def start(self, began_s: float) -> None:
+        """Decide and send; everything after this happens in callbacks. ``began_s``: when its handling began."""
         self._context.exchanges.add(self)
         self._metrics.add(self._metrics.inflight)
         self._context.retries.request(self._context.fleet.policy.retry_budget_ratio)
         decision = self._decide()
+        metrics = self._context.metrics
+        metrics.slab.observe(metrics.decision, self._context.clock() - began_s)
         if not self._try(decision):
             self._reject(decision)
+
+    def abandon(self) -> None:
+        """Settle the accounts of a request that failed inside the router; its answer is the caller's."""
+        if not self._closed:
+            self._status = 500
+            self._close()
+        if self._attempt is not None:
+            self._attempt.cancel()
 
     def _decide(self) -> Decision:
         context = self._context

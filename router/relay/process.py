@@ -142,7 +142,7 @@ class RelayProcess:
             version, table, rings = published
             self._board_version = version
             self.context.fleet.install(table, rings)
-        except (SharedMemoryError, msgspec.MsgspecError) as error:
+        except (SharedMemoryError, msgspec.MsgspecError, ValueError, LookupError) as error:
             log.error("cannot take the published snapshot", extra={"cause": str(error)})
             return
         self.context.upstream.keep_only(self.context.fleet.addresses())

@@ -120,8 +120,11 @@ class RelayService:
             request_id=request_id,
             features=features,
         )
-        exchange.start()
-        context.metrics.slab.observe(context.metrics.decision, context.clock() - started_s)
+        try:
+            exchange.start(started_s)
+        except Exception:
+            exchange.abandon()
+            raise
         return exchange
 
     def explain(self, path: str, headers: Mapping[str, str], body: bytes) -> ExplainedDecision:

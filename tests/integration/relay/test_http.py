@@ -186,3 +186,32 @@ async def test_half_closed_client_counts_as_gone(router: TestRelay) -> None:
         client.writer.write_eof()
         await until(lambda: worker.gone == 1)
         await until(lambda: not router.context.exchanges)
+
+
+async def test_defect_of_the_router_is_500_without_a_traceback(
+    router: TestRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeWorker() as worker:
+        router.install(worker)
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("secret detail")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(router.live, "account", broken)
+            response = await router.call("/v1/completions", WHOLE)
+        assert (response.status, response.headers["x-twofold-reason"]) == (500, "internal")
+        assert b"secret" not in response.body
+        assert not router.context.exchanges
+        assert router.slab.cells[router.context.metrics.inflight.cell("pool")] == 0
+        assert (await router.call("/v1/completions", WHOLE)).status == 200
+
+
+async def test_connection_close_is_honoured(router: TestRelay) -> None:
+    async with FakeWorker() as worker:
+        router.install(worker)
+        client = await router.client()
+        await client.post("/v1/completions", WHOLE, "connection: close\r\n")
+        response = await client.response()
+        assert response.headers["connection"] == "close"
+        assert await client.closed()

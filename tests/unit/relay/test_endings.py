@@ -1,5 +1,9 @@
 """Classification of endings, on recorded and on made-up tails."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +19,7 @@ from router.relay.endings import (
     status_ending,
     stream_ending,
 )
+from router.routing.features import PATHS
 from router.routing.types import Endpoint
 from twofold.model.reasons import RejectReason
 
@@ -69,8 +74,6 @@ def test_text_that_looks_like_a_marker_is_no_marker() -> None:
 
 @given(st.text(max_size=60))
 def test_no_generated_text_ends_a_stream(text: str) -> None:
-    import json
-
     for endpoint in Endpoint:
         seen = Seen(markers_of(endpoint))
         assert not seen.look(b'data: {"choices":[{"text":' + json.dumps(text).encode() + b"}]}\n\n")
@@ -125,3 +128,19 @@ def test_every_ending_has_an_error_and_a_place() -> None:
     assert Ending.CANCELLED not in RETRYABLE
     # Admission control and aborts by an operator say nothing bad about a worker.
     assert not {Ending.REFUSED, Ending.ABORTED, Ending.COMPLETE, Ending.CANCELLED} & WORKER_FAULT
+
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_streams.json").read_text())
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=[case["case"] for case in RECORDED])
+def test_streams_recorded_from_vllm(case: dict[str, Any]) -> None:
+    endpoint = PATHS[case["path"].encode()]
+    seen = Seen(markers_of(endpoint))
+    *middle, last = [chunk.encode() for chunk in case["chunks"]]
+    for chunk in middle:
+        seen.look(chunk)
+        if case["ending"] == "complete":
+            assert not seen.done
+    seen.look(last)
+    assert stream_ending(seen, framing_complete=case["end"] == "complete") == case["ending"]
