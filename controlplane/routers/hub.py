@@ -204,12 +204,10 @@ class RouterHub:
             stream, serial = session.cursors.get(replica_id, (0, 0))
             if stream and stream != other.stream:
                 yield _peer_gone(replica_id)
-            if stream != other.stream:
-                serial = -1
+                serial = 0
             if serial != other.load.serial:
                 session.cursors[replica_id] = (other.stream, other.load.serial)
-                # -1 is a reader that knows nothing; it is sent every row.
-                yield other.load.since(serial if serial >= 0 else other.load.serial - (1 << 30))
+                yield other.load.since(serial)
 
     def _wake_others(self, session: Session) -> None:
         for other in self._sessions.values():
