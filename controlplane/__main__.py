@@ -31,8 +31,6 @@ class StartError(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Run until SIGTERM or SIGINT. 0 after a graceful stop, 1 when it could not start, 2 for bad settings."""
-    # gRPC's own library writes to stderr past the log; what matters of it comes back as errors.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     options = settings.load(Settings, argv, prog="controlplane", description="Control plane of a Twofold fleet.")
     try:
         logs.configure("controlplane", level=options.log_level, file=options.log_file or None)

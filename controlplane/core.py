@@ -17,7 +17,6 @@ from twofold.model.fleet import FleetSnapshot, Target
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-LOAD_EVERY_S = 5.0
 WARM_BOUND_S = 10.0
 MAX_PENDING = 100_000
 
@@ -44,8 +43,6 @@ class Core:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._warm_by_s = time.monotonic() + warm_bound_s
-        self._load_due_s = 0.0
-        self._load_waits = False
         self._dropped = 0
 
     @property
@@ -83,20 +80,14 @@ class Core:
     def flush(self) -> None:
         """Reduce what is queued now, for callers that answer with the result."""
         batch, self._pending = self._pending, []
-        now_s = time.monotonic()
         if batch:
             self.batches += 1
             self.events += len(batch)
             self.state = reduce(self.state, batch)
-            self._load_waits |= bool(self.state.load_changed)
-        with_load = self._load_waits and now_s >= self._load_due_s
-        if with_load:
-            self._load_waits, self._load_due_s = False, now_s + LOAD_EVERY_S
-        if batch or with_load:
-            self._builder.build(self.state, with_load=with_load)
+            self._builder.build(self.state)
             for listener in self.listeners:
                 listener(self.state)
-        self._publish(now_s)
+        self._publish(time.monotonic())
 
     def _publish(self, now_s: float) -> None:
         if not self.warm:
@@ -121,10 +112,4 @@ class Core:
             await asyncio.sleep(TICK_S)
 
     def _idle_s(self) -> float | None:
-        now_s = time.monotonic()
-        waits = []
-        if not self.warm:
-            waits.append(self._warm_by_s - now_s)
-        if self._load_waits:
-            waits.append(self._load_due_s - now_s)
-        return max(0.0, min(waits)) if waits else None
+        return None if self.warm else max(0.0, self._warm_by_s - time.monotonic())

@@ -1,6 +1,7 @@
 """The gRPC server: services, health, reflection, token, TLS and limits."""
 
 import logging
+import socket
 from pathlib import Path
 
 import grpc
@@ -83,6 +84,7 @@ class Server:
         names = [descriptor.full_name for descriptor in services]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        _check_port(host, port, address)
         try:
             if self._tls is None:
                 self.port = server.add_insecure_port(address)
@@ -116,3 +118,17 @@ def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials(
         [(key, cert)], root_certificates=client_ca, require_client_auth=client_ca is not None
     )
+
+
+def _check_port(host: str, port: int, address: str) -> None:
+    """Raises ListenError when the port is taken; gRPC itself would write to stderr past our log before it says so."""
+    if port == 0:
+        return
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, location in infos:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(location)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {error.strerror}") from None

@@ -12,30 +12,24 @@ from twofold.model.fleet import FleetSnapshot, Target
 class SnapshotBuilder:
     """Builds the snapshots of one epoch; work is proportional to what changed, plus one copy of the target list.
 
-    Changes of engine load alone make no version of their own unless ``with_load`` is set, so that routers, which keep
-    exact accounts themselves, are not woken by every probe; ``live`` always shows the latest.
+    Targets carry no engine load here: routers keep exact accounts themselves and would be woken by every probe.
+    ``live`` adds the latest.
     """
 
     def __init__(self, epoch: int) -> None:
         self._snapshot = FleetSnapshot(epoch=epoch, version=0)
         self._targets: dict[str, tuple[Target, ...]] = {}
         self._order: list[Target] = []
-        self._stale_load: set[str] = set()
 
     @property
     def snapshot(self) -> FleetSnapshot:
         """The last snapshot built."""
         return self._snapshot
 
-    def build(self, state: FleetState, *, with_load: bool = False) -> FleetSnapshot:
+    def build(self, state: FleetState) -> FleetSnapshot:
         """The snapshot after ``state``'s last batch: the previous one when routers need to know nothing new."""
-        self._stale_load |= state.load_changed
-        dirty = set(state.changed)
-        if with_load or dirty or state.shared_changed:
-            dirty |= self._stale_load
-            self._stale_load.clear()
         moved = False
-        for worker_id in dirty:
+        for worker_id in state.changed:
             moved |= self._replace(worker_id, state)
         before = self._snapshot
         after = replace(
@@ -100,7 +94,6 @@ def targets_of(record: WorkerRecord, state: FleetState) -> tuple[Target, ...]:
             draining=control.draining or spec.draining,
             conditions=record.target_conditions(rank),
             facts=record.facts,
-            load=record.ranks[rank].load,
             zone=spec.zone,
             node=spec.node,
             role=spec.role,

@@ -1,12 +1,18 @@
 """Fleet files for tests, on free ports."""
 
+import os
 import socket
 from typing import Any
 
 
 def free_port_base(count: int) -> int:
-    """First of ``count`` neighbouring ports that are all free now."""
-    for base in range(21_000, 60_000, 211):
+    """First of ``count`` neighbouring ports that are all free now, below the range of ephemeral ports.
+
+    Each process looks from a place of its own, so that test runs side by side do not pick the same ports.
+    """
+    bases = range(21_000, 32_600, 100)
+    start = os.getpid() * 37 % len(bases)
+    for base in (*bases[start:], *bases[:start]):
         sockets = []
         try:
             for port in range(base, base + count):
