@@ -6,6 +6,7 @@ import itertools
 import logging
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -383,16 +384,20 @@ class ControlPlane:
 def file_workers(file: FleetFile) -> tuple[WorkerSpec, ...]:
     """The existing workers that a fleet file lists by URL."""
     extra = file.user_profiles()
-    specs = []
+    specs: list[WorkerSpec] = []
+    names: Counter[str] = Counter()
     for pool in file.pools:
         for group in pool.workers:
             profile = group_profile(group, extra)
             for url in group.urls:
                 parts = urlsplit(url)
                 host = re.sub(r"[^A-Za-z0-9.-]", "-", parts.hostname or "")[:64].strip("-")
+                name = f"{pool.name[:48]}-{host}-{parts.port}"
+                names[name] += 1
                 specs.append(
                     WorkerSpec(
-                        worker_id=f"{pool.name[:48]}-{host}-{parts.port}",
+                        # Hosts that differ only in what an id cannot hold are told apart by a number.
+                        worker_id=name if names[name] == 1 else f"{name}-{names[name]}",
                         url=url.rstrip("/"),
                         pool=pool.name,
                         profile=profile.name,

@@ -3,11 +3,11 @@
 import logging
 import socket
 from pathlib import Path
+from typing import Any
 
 import grpc
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from controlplane.app import ControlPlane
@@ -61,7 +61,7 @@ class Server:
         self._token = token
         self._tls = tls
         self._server: grpc.aio.Server | None = None
-        self._health: HealthServicer | None = None
+        self._health: Any = None
         self.port = 0
 
     async def start(self, host: str, port: int) -> None:
@@ -79,7 +79,7 @@ class Server:
             autoscaler_pb2.DESCRIPTOR.services_by_name["AutoscalerService"]: AutoscalerService(self._control_plane),
         }
         server.add_generic_rpc_handlers(tuple(service_handler(d, servicer) for d, servicer in services.items()))
-        self._health = HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = [descriptor.full_name for descriptor in services]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)

@@ -52,8 +52,9 @@ class ProbeClient:
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=request_timeout_s, connect=CONNECT_TIMEOUT_S),
             connector=aiohttp.TCPConnector(limit=512, limit_per_host=2, ttl_dns_cache=30, keepalive_timeout=30),
-            headers={"user-agent": "twofold-controlplane"},
-            auto_decompress=True,
+            # Uncompressed answers only: a small compressed body could unfold to a huge one.
+            headers={"user-agent": "twofold-controlplane", "accept-encoding": "identity"},
+            auto_decompress=False,
             max_line_size=16_384,
             max_field_size=16_384,
         )
@@ -108,7 +109,7 @@ class ProbeClient:
 
     async def _tokenizer_digest(self, url: str, model: str) -> str:
         body = {"model": model, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
-        async with self._session.post(f"{url}/tokenize", json=body) as reply:
+        async with self._session.post(f"{url}/tokenize", json=body, allow_redirects=False) as reply:
             answer = _json(await _read(reply, "/tokenize", MAX_SMALL_BYTES))
         ids = answer.get("tokens") if isinstance(answer, dict) else None
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):

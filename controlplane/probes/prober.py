@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 FAST_S = 0.5
 NORMAL_S = 1.0
 SLOW_S = 5.0
-GONE_S = 2.0
+GONE_S = 5.0
 JITTER = 0.2
 FACTS_EVERY_S = 60.0
-MAX_CONCURRENT = 128
+MAX_CONCURRENT = 512
 
 
 class Plan(msgspec.Struct, kw_only=True):

@@ -19,7 +19,7 @@ MAX_REPLICAS = 256
 MAX_COMMANDS = 64
 GONE_AFTER_S = 2.0
 ROUND_S = 0.01
-SEND_COST_S = 60e-6
+SEND_COST_S = 100e-6
 """Rounds are spaced so that passing load on to all replicas takes a bounded share of one core."""
 
 
