@@ -251,8 +251,10 @@ def _settle_members(draft: Draft) -> None:
         draft.stale_pools.add(spec.pool)
         if before is not None:
             draft.stale_pools.add(before.spec.pool)
-        if draft.workers[worker_id].health is Health.STARTING and (before is None or before.spec.url != spec.url):
+        if before is None or before.spec.url != spec.url:
             draft.log(worker_id, draft.now_s, "starting", f"declared by {source.value} at {spec.url}")
+        elif draft.workers[worker_id].incarnation != before.incarnation:
+            draft.log(worker_id, draft.now_s, "starting", "its engine ended or was started anew")
     targets = (target for record in draft.workers.values() for target in record.spec.target_ids)
     draft.ordinals = draft.ordinals.assign(targets, draft.now_s, draft.rules.ordinal_quarantine_s)
 

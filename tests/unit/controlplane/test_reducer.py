@@ -212,6 +212,7 @@ def test_a_restarted_engine_starts_anew_with_a_higher_incarnation() -> None:
     state = reduce(state, [source(spec("a", incarnation=9), version=2, at_s=2.0)])
     assert state.workers["a"].health is Health.STARTING
     assert state.workers["a"].incarnation == 9
+    assert state.logs["a"][-1].reason == "starting"
     state = reduce(state, [source(spec("a", incarnation=1), version=3, at_s=3.0)])
     assert state.workers["a"].incarnation == 10
 
