@@ -32,6 +32,7 @@ class Process:
         self.file = directory / "fleet.yaml"
         self.write(2)
         self.process: asyncio.subprocess.Process | None = None
+        self.started: list[asyncio.subprocess.Process] = []
 
     def write(self, replicas: int) -> None:
         """Write a fleet file with so many emulated engines."""
@@ -57,6 +58,7 @@ class Process:
         self.process = await asyncio.create_subprocess_exec(
             *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={**os.environ, **env}
         )
+        self.started.append(self.process)
         return self.process
 
     async def snapshot(self) -> FleetSnapshot | None:
@@ -96,9 +98,7 @@ class Process:
         assert self.process is not None
         if self.process.returncode is None:
             self.process.terminate()
-        await asyncio.wait_for(self.process.communicate(), 20)
-        assert self.process.returncode is not None
-        return self.process.returncode
+        return await asyncio.wait_for(self.process.wait(), 20)
 
 
 @pytest.fixture
@@ -106,7 +106,8 @@ async def control(tmp_path: Path) -> AsyncIterator[Process]:
     """Not started yet; ended, with its engines, after the test."""
     made = Process(tmp_path)
     yield made
-    if made.process is not None:
+    for process in made.started:
+        made.process = process
         await made.stop()
     for pid in made.engines().values():
         if start_ticks(pid) is not None:
@@ -194,7 +195,7 @@ async def test_plaintext_beyond_loopback_is_refused_even_with_a_token(control: P
 
 
 async def test_a_second_one_on_the_same_run_directory_touches_nothing(control: Process) -> None:
-    first = await control.start()
+    await control.start()
     await control.ready(2)
     pids = control.engines()
     second = await control.start("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
@@ -202,17 +203,15 @@ async def test_a_second_one_on_the_same_run_directory_touches_nothing(control: P
     assert second.returncode == 1
     assert b"another control plane runs in" in error
     assert control.engines() == pids
-    control.process = first
 
 
 async def test_a_port_in_use_is_one_line_and_exit_1(control: Process) -> None:
-    first = await control.start()
+    await control.start()
     await control.ready(2)
     second = await control.start("--run-dir", str(control.directory / "other"))
     _, error = await asyncio.wait_for(second.communicate(), 20)
     assert second.returncode == 1
     assert error.decode().startswith("controlplane: error: cannot listen on 127.0.0.1:")
-    control.process = first
 
 
 async def test_mutual_tls(control: Process, tmp_path: Path) -> None:
