@@ -72,7 +72,8 @@ class PreciseTimer:
             return
         self._armed_for = 0.0
         self._run_due()
-        if self._heap and self._fd >= 0 and not self._armed_for:
+        # A callback may have armed the timer for its own next time while an earlier one was waiting already.
+        if self._heap and self._fd >= 0 and (not self._armed_for or self._heap[0][0] < self._armed_for):
             self._arm(self._heap[0][0])
 
     def _run_due(self) -> None:

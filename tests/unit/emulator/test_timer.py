@@ -52,3 +52,20 @@ def test_closed_timer_runs_nothing() -> None:
         return seen
 
     assert asyncio.run(run()) == []
+
+
+@pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_a_callback_that_schedules_far_ahead_does_not_delay_the_next_one(
+    factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def run() -> None:
+        timer = PreciseTimer(asyncio.get_running_loop())
+        second = asyncio.get_running_loop().create_future()
+        base = time.monotonic()
+        timer.call_at(base + 0.01, lambda: timer.call_at(base + 3600, lambda: None))
+        timer.call_at(base + 0.02, lambda: second.set_result(None))
+        await asyncio.wait_for(second, 20)
+        timer.close()
+
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(run())
