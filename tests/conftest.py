@@ -3,9 +3,14 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import twofold
+
+# A busy machine is no failure: examples have no deadline, tests have a timeout.
+hypothesis.settings.register_profile("twofold", deadline=None)
+hypothesis.settings.load_profile("twofold")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -234,7 +234,9 @@ class SentPrefix(_message.Message):
     """Target.ordinal that the prompt went to."""
     @_builtins.property
     def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Chunk chain hashes (xxh3-64) at the depths of twofold's depth schedule, shallow to deep."""
+        """Chunk chain hashes (xxh3-64) at the depths of the depth schedule, shallow to deep, and then the hash of the deepest chunk
+        (always, also where the schedule holds its depth).
+        """
 
     def __init__(
         self,
