@@ -27,14 +27,14 @@ PROG = "twofold demo"
 POLICIES = ("twofold", "least_requests", "round_robin")
 MOONCAKE_POLICIES = ("twofold", "round_robin")
 MOONCAKE_REQUESTS = 2000
-MOONCAKE_SPEED = 4.0
+MOONCAKE_SPEED = 4.5
 TABLE_WIDTH = 110
 EMULATED_TRAFFIC = (
-    "sessions=72,rate=6.5,agents=0.5,prompts=10,zipf=0.7,system_tokens=1500,turns=2.5,max_turns=4,user_tokens=300,"
-    "output_tokens=28,think_s=0.6,toolsets=4,functions=8,tool_tokens=1500,steps=4,max_steps=5,task_tokens=600,"
-    "result_tokens=700,call_tokens=16,tool_s=0.3,max_tokens=2000"
+    "sessions=52,rate=7,agents=0.5,prompts=10,zipf=0.7,system_tokens=1500,turns=2,max_turns=3,user_tokens=350,"
+    "output_tokens=50,think_s=0.6,toolsets=4,functions=8,tool_tokens=1200,steps=3.5,max_steps=4,task_tokens=700,"
+    "result_tokens=800,call_tokens=32,tool_s=0.3,max_tokens=2000,sigma=0.4"
 )
-"""Calibrated so that the fleet of the demo is loaded to about two thirds and the host stays below 60 % CPU."""
+"""Loads the demo's fleet near its limit under round robin, which leaves two thirds of two CPU cores idle."""
 VLLM_TRAFFIC = (
     "sessions=24,rate=2,agents=0,prompts=4,zipf=0.5,system_tokens=150,turns=2.5,max_turns=4,user_tokens=30,"
     "output_tokens=16,think_s=0.5,max_tokens=60,sigma=0.4"

@@ -45,7 +45,7 @@ def mooncake_fleet() -> FleetFile:
                         "profile": "h100-8b-tp1",
                         "engine": "emulated",
                         "replicas": 16,
-                        "engines_per_process": 8,
+                        "engines_per_process": 1,
                         "fault_injection": True,
                     }
                 ],

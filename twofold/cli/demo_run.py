@@ -126,9 +126,7 @@ class PlanRunner:
             kv_capacity_tokens=after.kv_capacity_tokens,
             engine_hit_ratio=after.hit_ratio_since(before),
             engines_on_time=lateness is None or lateness <= compare.MAX_LATENESS_RATIO,
-            planted_faults=verdict.planted,
-            caught=verdict.caught,
-            notes=verdict.notes,
+            verdict=verdict,
         )
         return compare.Outcome(
             policy=policy,

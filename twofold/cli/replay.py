@@ -217,9 +217,8 @@ async def _replay(options: ReplaySettings) -> int:
         lateness_limit_s=options.max_lateness_s,
         kv_capacity_tokens=options.kv_capacity_tokens or after.kv_capacity_tokens,
         engine_hit_ratio=after.hit_ratio_since(before),
-        planted_faults=verdict.planted,
-        caught=verdict.caught,
-        notes=notes + list(verdict.notes),
+        verdict=verdict,
+        notes=notes,
     )
     report.print_report(console, result)
     if options.json:

@@ -50,11 +50,14 @@ class CpuMeter:
         return max(0.0, _family_cpu_s() - self._own_before) / total if total > 0 else 0.0
 
     def busy(self) -> float:
-        """0..1; time spent waiting for disks is idle."""
+        """0..1; time spent waiting for disks is idle.
+
+        Never less than ``own``: a kernel that samples the host's time by ticks overlooks short bursts.
+        """
         now, before = psutil.cpu_times(), self._before
         total = sum(now) - sum(before)
         idle = (now.idle - before.idle) + (getattr(now, "iowait", 0.0) - getattr(before, "iowait", 0.0))
-        return 1.0 - idle / total if total > 0 else 0.0
+        return max(1.0 - idle / total, self.own()) if total > 0 else 0.0
 
 
 def _family_cpu_s() -> float:

@@ -87,9 +87,13 @@ async def _counters(session: aiohttp.ClientSession, url: str) -> CacheCounters:
     address = _base(url).removesuffix("/metrics") + "/metrics"
     try:
         async with session.get(address) as reply:
-            body = await reply.content.read(MAX_METRICS_BYTES)
             if reply.status != 200:
                 raise EngineError(f"{address}: status {reply.status}")
+            body = bytearray()
+            async for piece in reply.content.iter_any():
+                body += piece
+                if len(body) > MAX_METRICS_BYTES:
+                    raise EngineError(f"{address}: larger than {MAX_METRICS_BYTES} bytes")
             return parse_counters(body.decode("utf-8", "replace"))
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise EngineError(f"{address}: {error or type(error).__name__}") from None

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from twofold.model.fleet import Slo
 from twofold.replay.cache import CacheFigures
+from twofold.replay.faults import Verdict
 from twofold.replay.measures import Figures, Record, quantile
 from twofold.replay.runner import LoadGenerator
 
@@ -100,13 +101,12 @@ def build_report(
     kv_capacity_tokens: int = 0,
     engine_hit_ratio: float | None = None,
     engines_on_time: bool = True,
-    planted_faults: int = 0,
-    caught: int = 0,
+    verdict: Verdict,
     notes: Sequence[str] = (),
 ) -> RunReport:
     """Put the report of a finished run together. Computes the ideal hit ratio, which may take seconds."""
     from_usage = figures.hit_ratio is not None
-    violations = [record for record in generator.records if record.violation]
+    violations = [record for record in verdict.others(generator.records) if record.violation]
     return RunReport(
         workload=workload,
         seed=seed,
@@ -122,11 +122,11 @@ def build_report(
         steps_skipped=generator.skipped_steps,
         prompts_cut=generator.prompts_cut,
         interrupted=generator.interrupted,
-        planted_faults=planted_faults,
-        caught=caught,
+        planted_faults=verdict.planted,
+        caught=verdict.caught,
         first_error=generator.first_error,
         first_violation=f"{violations[0].request_id}: {violations[0].violation}" if violations else "",
-        notes=tuple(notes),
+        notes=(*notes, *verdict.notes),
     )
 
 

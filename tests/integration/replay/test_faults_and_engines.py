@@ -90,6 +90,12 @@ async def test_counters_are_summed_over_engines(fake: Any) -> None:
     assert await engines.read_counters([]) == engines.CacheCounters()
 
 
+async def test_a_metrics_page_is_read_to_its_end(fake: Any) -> None:
+    filler = "".join(f'other_metric{{number="{i}"}} 1\n' for i in range(50_000))
+    fake.metrics = filler + 'vllm:prefix_cache_queries_total{engine="0"} 7\n'
+    assert (await engines.read_counters([fake.url])).queries_tokens == 7
+
+
 async def test_engines_that_do_not_answer_are_named(fake: Any) -> None:
     with pytest.raises(engines.EngineError, match=r"http://127\.0\.0\.1:1/metrics"):
         await engines.read_counters(["http://127.0.0.1:1"])
