@@ -17,8 +17,8 @@ start=$SECONDS
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "installing pinned dependencies into $venv (a minute or two) ..." >&2
 {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.lock &&
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 } >"$venv/setup.log" 2>&1 || { cat "$venv/setup.log" >&2; exit 1; }
 touch "$venv/.installed"
 echo "ready in $((SECONDS - start)) s" >&2
