@@ -9,6 +9,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 ENGINE ?= emulated
 TRACE ?=
 PYTEST_ARGS ?=
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: help demo up test test-source test-wheel test-vllm lint proto lock replay-mooncake bench-decision clean
 
@@ -35,10 +36,10 @@ lint: $(STAMP) ## ruff, mypy --strict, import layers
 	$(BIN)/lint-imports
 
 test-source: $(STAMP)
-	$(BIN)/python -m pytest tests --ignore tests/vllm $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/vllm $(PARALLEL) $(PYTEST_ARGS)
 
 test-wheel: $(STAMP)
-	@scripts/test_wheel.sh $(PYTEST_ARGS)
+	@scripts/test_wheel.sh $(PARALLEL) $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) ## tests on two real vLLM engines (installs vLLM CPU, several GB, outside the checkout)
 	@scripts/test_vllm.sh $(PYTEST_ARGS)

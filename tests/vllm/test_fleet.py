@@ -115,44 +115,48 @@ class TestDisconnect:
         wait_for(lambda: running() == 0, "the engine drops the request", 10)
 
 
-class TestDeath:
-    def test_engine_killed_new_work_goes_to_the_other(self, mortal_fleet: tuple[Up, list[VllmEngine]]) -> None:
-        up, pair = mortal_fleet
-        model = pair[0].model
-        with openai.OpenAI(base_url=f"{up.urls[0]}/v1", api_key="x", max_retries=0, timeout=60) as client:
-            streams = [stream_until_first_token(client, model, f"{PROMPT}{i}", 1500) for i in range(4)]
-            busy = max(pair, key=lambda engine: engine.metric("vllm:num_requests_running"))
-            victim_count = round(busy.metric("vllm:num_requests_running"))
-            busy.signal(signal.SIGKILL)
-            broken = 0
-            for stream in streams:
-                try:
-                    finish = [chunk.choices[0].finish_reason for chunk in stream][-1]
-                    assert finish == "length"
-                except openai.APIError:
-                    broken += 1
-            assert broken == victim_count, "only what ran on the killed engine may break"
-            for number in range(6):
-                answer = client.completions.create(model=model, prompt=f"{number} {PROMPT}", max_tokens=4, **GREEDY)
-                assert answer.choices[0].finish_reason == "length"
+def usable_targets(up: Up) -> int:
+    """Targets that the first replica's relays may send work to."""
+    return int(up.state(up.admin_urls[0]).get("usable_targets", 0))
 
-    def test_engine_terminated_new_work_goes_to_the_other(self, mortal_fleet: tuple[Up, list[VllmEngine]]) -> None:
-        up, pair = mortal_fleet
-        model = pair[0].model
-        pair[0].signal(signal.SIGTERM)
-        with openai.OpenAI(base_url=f"{up.urls[0]}/v1", api_key="x", max_retries=0, timeout=60) as client:
-            for number in range(12):
-                answer = client.completions.create(model=model, prompt=f"{number} {PROMPT}", max_tokens=4, **GREEDY)
-                assert answer.choices[0].finish_reason == "length"
-        wait_for(lambda: up.state(up.admin_urls[0]).get("usable_targets") == 1, "the router gives the engine up")
 
-    def test_an_engine_that_comes_back_is_used_again(self, mortal_fleet: tuple[Up, list[VllmEngine]]) -> None:
-        up, pair = mortal_fleet
-        port = urlsplit(pair[0].url).port
+def completes_everywhere(client: openai.OpenAI, model: str, requests: int) -> bool:
+    """Whether so many requests of different prompts all end normally."""
+    answers = [
+        client.completions.create(model=model, prompt=f"{number} {PROMPT}", max_tokens=4, **GREEDY)
+        for number in range(requests)
+    ]
+    return all(answer.choices[0].finish_reason == "length" for answer in answers)
+
+
+def test_engines_that_are_killed_come_back_and_are_terminated(mortal_fleet: tuple[Up, list[VllmEngine]]) -> None:
+    """One story for one pair of engines, because a pair takes a minute to start."""
+    up, pair = mortal_fleet
+    model = pair[0].model
+    with openai.OpenAI(base_url=f"{up.urls[0]}/v1", api_key="x", max_retries=0, timeout=60) as client:
+        streams = [stream_until_first_token(client, model, f"{PROMPT}{i}", 1500) for i in range(4)]
+        busy = max(pair, key=lambda engine: engine.metric("vllm:num_requests_running"))
+        victims = round(busy.metric("vllm:num_requests_running"))
+        assert victims > 0
+        port = urlsplit(busy.url).port
         assert port is not None
-        pair[0].stop()
-        wait_for(lambda: up.state(up.admin_urls[0]).get("usable_targets") == 1, "the router gives the engine up")
-        pair[0].port = port
-        pair[0].start()
-        pair[0].wait_ready()
-        wait_for(lambda: up.state(up.admin_urls[0]).get("usable_targets") == 2, "the engine is admitted again")
+        busy.signal(signal.SIGKILL)
+        broken = 0
+        for stream in streams:
+            try:
+                assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+            except openai.APIError:
+                broken += 1
+        assert broken == victims, "only what ran on the killed engine may break"
+        assert completes_everywhere(client, model, 6), "new work goes to the other engine, unseen by the client"
+        wait_for(lambda: usable_targets(up) == 1, "the fleet gives the killed engine up")
+
+        busy.stop()
+        busy.port = port
+        busy.start()
+        busy.wait_ready()
+        wait_for(lambda: usable_targets(up) == 2, "the engine that came back is admitted again")
+
+        pair[0].signal(signal.SIGTERM)
+        assert completes_everywhere(client, model, 12)
+        wait_for(lambda: usable_targets(up) == 1, "the fleet gives the terminated engine up")
