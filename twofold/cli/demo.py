@@ -152,7 +152,7 @@ async def _demo(options: DemoSettings, plan: demo_run.Plan, run_dir: Path) -> in
         report.write_plot(options.plot, {outcome.policy: outcome.records for outcome in outcomes})
     sys.stdout.write(report.result_line(result) + "\n")
     sys.stdout.flush()
-    return demo_run.exit_code(outcomes, runner, strict=options.strict)
+    return demo_run.exit_code(plan, outcomes, runner, strict=options.strict)
 
 
 def _write_json(path: str, value: dict[str, object]) -> None:

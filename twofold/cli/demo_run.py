@@ -96,7 +96,7 @@ class PlanRunner:
         plan = self._plan
         generator = LoadGenerator(self._run_options(fleet, policy), time.monotonic)
         admin_urls = demo_fleet.engine_admin_urls(fleet.file)
-        plant = faults.Plant(admin_urls[0], FAULT_AFTER_REQUESTS) if plan.plant_fault else None
+        plant = faults.Plant(admin_urls, FAULT_AFTER_REQUESTS) if plan.plant_fault else None
         before = await engines.read_counters(demo_fleet.engine_urls(fleet.file))
         meter = compare.CpuMeter()
         async with contextlib.AsyncExitStack() as stack:
@@ -214,11 +214,12 @@ def result_of(plan: Plan, outcomes: Sequence[compare.Outcome], runner: PlanRunne
     return value
 
 
-def exit_code(outcomes: Sequence[compare.Outcome], runner: PlanRunner, *, strict: bool) -> int:
-    """0 when every answer was right (and, if ``strict``, the host kept up), 1 when not, 130 when interrupted."""
+def exit_code(plan: Plan, outcomes: Sequence[compare.Outcome], runner: PlanRunner, *, strict: bool) -> int:
+    """0 when every answer was right and each planned fault caught (and, if ``strict``, the host kept up), 1 when not,
+    130 when interrupted."""
     if runner.interrupted:
         return 130
-    clean = all(outcome.report.clean for outcome in outcomes)
+    clean = all(outcome.report.clean and outcome.report.planted_faults == plan.plant_fault for outcome in outcomes)
     agreed = runner.agreement is None or runner.agreement.agreed
     on_time = all(outcome.lateness_ok for outcome in outcomes)
     return 0 if clean and agreed and (on_time or not strict) else 1

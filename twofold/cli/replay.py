@@ -196,7 +196,7 @@ async def _replay(options: ReplaySettings) -> int:
     notes = [] if verify else ["tokens are not verified: these are not emulated engines, or --verify off"]
     generator = LoadGenerator(run_options(options, model, verify=verify), time.monotonic)
     before = await engines.read_counters(options.engine_metrics)
-    plant = faults.Plant(options.plant_fault, options.plant_after) if options.plant_fault else None
+    plant = faults.Plant((options.plant_fault,), options.plant_after) if options.plant_fault else None
     name = options.trace or f"generated traffic ({options.generate or 'defaults'})"
     total = options.limit or None
     async with contextlib.AsyncExitStack() as stack:

@@ -29,16 +29,18 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plant:
-    """Plants one ``corrupt_token`` fault at an emulator's fault admin port after ``after`` requests were sent.
+    """Plants one ``corrupt_token`` fault after ``after`` requests were sent, at the busiest engine behind the given
+    fault admin ports of emulator processes.
 
     The engine gives one wrong token, to one request, once. If the engine says that it did and the checker found a wrong
     token afterwards, that is the one; any further one is a violation like any other.
     """
 
-    def __init__(self, admin_url: str, after: int, engine: int = 0) -> None:
-        self._admin_url = admin_url
+    def __init__(self, admin_urls: Sequence[str], after: int) -> None:
+        self._admin_urls = tuple(admin_urls)
         self._after = after
-        self._engine = engine
+        self._admin_url = ""
+        self._engine = 0
         self._planted_s: float | None = None
         self._failure = ""
 
@@ -75,10 +77,22 @@ class Plant:
         while generator.begun < self._after:
             await asyncio.sleep(POLL_S)
         try:
+            while not await self._choose():
+                await asyncio.sleep(POLL_S)
             await plant_fault(self._admin_url, {"engine": self._engine, "kind": "corrupt_token", "count": 1})
             self._planted_s = generator.elapsed_s
         except EngineError as error:
             self._failure = str(error)
+
+    async def _choose(self) -> bool:
+        """Find the engine that runs most requests. False while none runs any."""
+        stats = await asyncio.gather(*map(engine_stats, self._admin_urls))
+        most = 0
+        for url, process in zip(self._admin_urls, stats, strict=True):
+            for index, engine in enumerate(process.get("engines", ())):
+                if engine["running"] > most:
+                    most, self._admin_url, self._engine = engine["running"], url, index
+        return most > 0
 
 
 def pending_token_faults(stats: dict[str, Any], engine: int) -> list[str]:

@@ -25,14 +25,14 @@ def altered(tokens: list[str]) -> list[str]:
 async def run_with_plant(fake: Any, count: int = 6) -> tuple[LoadGenerator, faults.Verdict]:
     options = RunOptions(urls=(fake.url,), model="fake", concurrency_limit=1)
     generator = LoadGenerator(options, time.monotonic)
-    plant = faults.Plant(fake.url, after=2)
+    plant = faults.Plant([fake.url], after=2)
     async with plant.planted(generator):
         await generator.run(iter(sessions(count)))
     return generator, await plant.verdict(generator.records)
 
 
 async def test_exactly_the_planted_fault_is_caught_and_set_apart(fake: Any) -> None:
-    fake.stats = {"engines": [{"faults": {}}]}
+    fake.stats = {"engines": [{"running": 1, "faults": {}}]}
     fake.mangle = lambda number, tokens: altered(tokens) if number == 4 else tokens
     generator, verdict = await run_with_plant(fake)
     assert fake.faults == [{"engine": 0, "kind": "corrupt_token", "count": 1}]
@@ -44,7 +44,7 @@ async def test_exactly_the_planted_fault_is_caught_and_set_apart(fake: Any) -> N
 
 
 async def test_a_second_wrong_token_is_not_excused(fake: Any) -> None:
-    fake.stats = {"engines": [{"faults": {}}]}
+    fake.stats = {"engines": [{"running": 1, "faults": {}}]}
     fake.mangle = lambda number, tokens: altered(tokens) if number in (3, 5) else tokens
     generator, verdict = await run_with_plant(fake)
     assert verdict.caught == 1
@@ -52,29 +52,35 @@ async def test_a_second_wrong_token_is_not_excused(fake: Any) -> None:
 
 
 async def test_a_wrong_token_before_the_planted_one_is_not_excused(fake: Any) -> None:
-    fake.stats = {"engines": [{"faults": {}}]}
+    fake.stats = {"engines": [{"running": 1, "faults": {}}]}
     fake.mangle = lambda number, tokens: altered(tokens) if number == 0 else tokens
     generator, verdict = await run_with_plant(fake)
     assert (verdict.planted, verdict.caught) == (1, 0)
     assert sum(bool(record.violation) for record in verdict.others(generator.records)) == 1
 
 
+async def test_the_busiest_engine_gets_the_fault(fake: Any) -> None:
+    fake.stats = {"engines": [{"running": running, "faults": {}} for running in (0, 3, 2)]}
+    await run_with_plant(fake)
+    assert [fault["engine"] for fault in fake.faults] == [1]
+
+
 async def test_an_unseen_fault_is_not_caught(fake: Any) -> None:
-    fake.stats = {"engines": [{"faults": {}}]}
+    fake.stats = {"engines": [{"running": 1, "faults": {}}]}
     _, verdict = await run_with_plant(fake)
     assert (verdict.planted, verdict.caught) == (1, 0)
     assert "did not see it" in verdict.notes[0]
 
 
 async def test_an_unused_fault_is_taken_back(fake: Any) -> None:
-    fake.stats = {"engines": [{"faults": {"tokens": ["corrupt"]}}]}
+    fake.stats = {"engines": [{"running": 1, "faults": {"tokens": ["corrupt"]}}]}
     _, verdict = await run_with_plant(fake)
     assert (verdict.planted, verdict.caught) == (0, 0)
     assert "taken back" in verdict.notes[0]
 
 
 async def test_a_fault_port_that_does_not_answer_is_a_note(fake: Any) -> None:
-    plant = faults.Plant("http://127.0.0.1:1", after=0)
+    plant = faults.Plant(["http://127.0.0.1:1"], after=0)
     generator = LoadGenerator(RunOptions(urls=(fake.url,), model="fake"), time.monotonic)
     async with plant.planted(generator):
         await generator.run(iter(sessions(3)))
