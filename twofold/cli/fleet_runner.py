@@ -177,6 +177,8 @@ class Fleet:
                     state = await reply.json()
                     if state.get("usable_targets", 0) < targets:
                         return f"router {url} knows {state.get('usable_targets', 0)} of {targets} targets"
+                    if len(state.get("control_channel", ())) < self.file.routers.relays:
+                        return f"not all relays of router {url} have met their agent"
             except (aiohttp.ClientError, TimeoutError):
                 return f"router {url} does not answer"
         return ""

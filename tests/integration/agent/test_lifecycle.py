@@ -51,7 +51,7 @@ async def test_killing_the_agent_touches_no_request_and_a_new_one_takes_over(
         assert after["pid"] != before["pid"]
         assert after["relays"]["relay-0"]["pid"] == before["relays"]["relay-0"]["pid"]
         assert after["board_version"] == before["board_version"], "an unchanged fleet was published again"
-        assert len(control_plane.watches) == 2
+        await until(lambda: len(control_plane.watches) == 2, "the new agent watches")
         assert control_plane.watches[1] == (1, 1), "the new agent did not resume"
 
 
@@ -123,6 +123,8 @@ async def test_stop_leaves_no_process_no_port_and_no_shared_memory(
         assert not directories[0].exists()
         assert not any(psutil.pid_exists(pid) for pid in pids)
         with socket.socket() as sock:
+            # Ended connections may still be in TIME_WAIT; a listener would refuse this all the same.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(("127.0.0.1", port))
 
 
