@@ -27,7 +27,7 @@ PROG = "twofold demo"
 POLICIES = ("twofold", "least_requests", "round_robin")
 MOONCAKE_POLICIES = ("twofold", "round_robin")
 MOONCAKE_REQUESTS = 2000
-MOONCAKE_SPEED = 4.5
+MOONCAKE_SPEED = 4.8
 TABLE_WIDTH = 110
 EMULATED_TRAFFIC = (
     "sessions=52,rate=7,agents=0.5,prompts=10,zipf=0.7,system_tokens=1500,turns=2,max_turns=3,user_tokens=350,"

@@ -31,7 +31,7 @@ def demo_fleet(engine: str, vllm_python: str = "", vllm_model: str = "") -> Flee
 
 
 def mooncake_fleet() -> FleetFile:
-    """Two replicas of two relays each before sixteen emulated H100 engines."""
+    """Two replicas of two relays each before sixteen emulated engines, fast enough for the trace under any policy."""
     mapping = {
         "name": "mooncake",
         "routers": {"replicas": 2, "relays": 2},
@@ -42,7 +42,7 @@ def mooncake_fleet() -> FleetFile:
                 "slo": {"ttft_s": 5.0, "tpot_s": 0.1, "percentile": 0.9},
                 "workers": [
                     {
-                        "profile": "h100-8b-tp1",
+                        "profile": "h100-8b-tp2",
                         "engine": "emulated",
                         "replicas": 16,
                         "engines_per_process": 1,
