@@ -35,11 +35,13 @@ lint: $(STAMP) ## ruff, mypy --strict, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests of whole processes run one at a time: they would starve one another on a small machine.
 test-source: $(STAMP)
-	$(BIN)/python -m pytest tests --ignore tests/vllm $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
 
 test-wheel: $(STAMP)
-	@scripts/test_wheel.sh $(PARALLEL) $(PYTEST_ARGS)
+	@PARALLEL="$(PARALLEL)" scripts/test_wheel.sh $(PYTEST_ARGS)
 
 test-vllm: $(STAMP) ## tests on two real vLLM engines (installs vLLM CPU, several GB, outside the checkout)
 	@scripts/test_vllm.sh $(PYTEST_ARGS)

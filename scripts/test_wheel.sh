@@ -10,4 +10,6 @@ trap 'rm -rf "$work"' EXIT
 cp -r tests proto scripts pyproject.toml "$work/"
 cd "$work"
 export PYTHONPATH=$work/site TWOFOLD_EXPECT_PACKAGES_UNDER=$work/site
-"$bin/python" -m pytest tests --ignore tests/vllm "$@"
+# shellcheck disable=SC2086  # flags, split on purpose
+"$bin/python" -m pytest tests/unit tests/contract ${PARALLEL:-} "$@"
+"$bin/python" -m pytest tests/integration "$@"
