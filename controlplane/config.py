@@ -47,7 +47,8 @@ class FleetFileWatch:
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._now.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await self._now.wait()
             self._now.clear()
             mark = self._stat()
             if mark != self._mark:

@@ -102,7 +102,8 @@ class Core:
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._idle_s())
+                async with asyncio.timeout(self._idle_s()):
+                    await self._wake.wait()
             self._wake.clear()
             try:
                 self.flush()

@@ -61,7 +61,8 @@ class SnapshotFeed:
                     at = current.version
                     continue
                 try:
-                    await asyncio.wait_for(changed.wait(), keepalive_s)
+                    async with asyncio.timeout(keepalive_s):
+                        await changed.wait()
                 except TimeoutError:
                     yield _KEEPALIVE
         finally:

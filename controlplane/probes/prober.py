@@ -132,7 +132,8 @@ class Prober:
             if len(self._tasks) >= MAX_CONCURRENT:
                 wait_s = None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)

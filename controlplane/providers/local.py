@@ -173,7 +173,8 @@ class LocalProvider:
             except Exception:
                 log.exception("reconciling failed")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), RECONCILE_RETRY_S)
+                async with asyncio.timeout(RECONCILE_RETRY_S):
+                    await self._wake.wait()
 
     def _reconcile(self) -> None:
         self._clear_ended()

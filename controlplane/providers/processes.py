@@ -137,7 +137,8 @@ class Handle:
         """
         self.terminate()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._gone.wait()
         await self.sweep()
         self.close()
 
@@ -153,7 +154,8 @@ class Handle:
                     os.kill(pid, signal.SIGKILL)
             await asyncio.sleep(POLL_S)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), 1.0)
+            async with asyncio.timeout(1.0):
+                await self._gone.wait()
 
     def close(self) -> None:
         """Forget the process without touching it."""

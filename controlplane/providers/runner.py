@@ -147,7 +147,8 @@ class Runner:
                     await self._bury(self._handle)
                 self.restarts += 1
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._retire.wait(), backoff_s * random.uniform(0.8, 1.2))
+                    async with asyncio.timeout(backoff_s * random.uniform(0.8, 1.2)):
+                        await self._retire.wait()
                 backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
             await self._end()
         except Exception:

@@ -165,7 +165,8 @@ class RouterHub:
         session.commands.append(router_pb2.ReportResponse(command=sent).SerializeToString())
         session.wake.set()
         try:
-            return await asyncio.wait_for(future, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                return await future
         finally:
             self._pending.pop(command_id, None)
 

@@ -110,7 +110,8 @@ class ControlServer:
             decoder = agent_side()
             while True:
                 timeout_s = HELLO_TIMEOUT_S if relay is None else None
-                data = await asyncio.wait_for(reader.read(READ_BYTES), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    data = await reader.read(READ_BYTES)
                 if not data:
                     return
                 for message in decoder.feed(data):

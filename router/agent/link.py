@@ -164,11 +164,13 @@ class ControlPlaneLink:
         messages = aiter(call)
         while True:
             try:
-                yield await asyncio.wait_for(anext(messages), self._silence_timeout_s)
+                async with asyncio.timeout(self._silence_timeout_s):
+                    message = await anext(messages)
             except StopAsyncIteration:
                 return
             except TimeoutError:
                 raise LinkError(f"no message for {self._silence_timeout_s:g} s") from None
+            yield message
 
     def _take(self, response: fleet_pb2.WatchResponse) -> None:
         kind = response.WhichOneof("update")

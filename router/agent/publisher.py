@@ -125,7 +125,8 @@ class Publisher:
         retry = False
         while True:
             try:
-                await asyncio.wait_for(self._wake.wait(), RETRY_S if retry else None)
+                async with asyncio.timeout(RETRY_S if retry else None):
+                    await self._wake.wait()
             except TimeoutError:
                 pass
             self._wake.clear()
