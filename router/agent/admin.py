@@ -4,7 +4,7 @@ import json
 import logging
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
 import msgspec
@@ -17,6 +17,9 @@ from router.shm.exposition import CONTENT_TYPE
 from twofold.v1 import router_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+MAX_KEYS = 4096
+RingKey = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,16}$")]
 
 _HTTP_STATUS = {
     grpc.StatusCode.NOT_FOUND: 404,
@@ -35,6 +38,13 @@ class ExplainBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     path: str = "/v1/chat/completions"
     headers: dict[str, str] = {}
     body: dict[str, Any] | None = None
+
+
+class HomesBody(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /homes: ring keys as hexadecimal text, as decisions show them."""
+
+    pool: str
+    keys: Annotated[list[RingKey], msgspec.Meta(max_length=MAX_KEYS)]
 
 
 class AdminServer:
@@ -60,6 +70,7 @@ class AdminServer:
                 web.get("/health", self._get_health),
                 web.get("/debug/state", self._get_state),
                 web.post("/explain", self._post_explain),
+                web.post("/homes", self._post_homes),
             ]
         )
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
@@ -107,6 +118,17 @@ class AdminServer:
             return _error(_HTTP_STATUS.get(code, 500), result.message)
         decisions = [MessageToDict(decision, preserving_proto_field_name=True) for decision in result.decisions]
         return web.json_response({"decisions": decisions})
+
+    async def _post_homes(self, request: web.Request) -> web.Response:
+        try:
+            asked = msgspec.json.decode(await request.read(), type=HomesBody)
+        except msgspec.MsgspecError as error:
+            return _error(400, str(error))
+        found = await self._commands.homes(asked.pool, [int(key, 16) for key in asked.keys])
+        relays = {
+            str(relay): {"ring_version": answer.ring_version, "homes": answer.homes} for relay, answer in found.items()
+        }
+        return web.json_response({"replica_id": self._commands.replica_id, "relays": relays})
 
 
 @web.middleware

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 import grpc
 
@@ -14,7 +14,9 @@ from router.shm.control import (
     ExplainPast,
     ExplainRequest,
     Failed,
+    Homes,
     RelayMessage,
+    ResolveHomes,
 )
 from twofold.v1 import router_pb2 as pb
 
@@ -119,7 +121,30 @@ class Commands:
                 failure = error
         raise failure
 
+    @property
+    def replica_id(self) -> str:
+        """Name of the replica that answers."""
+        return self._replica_id
+
+    async def homes(self, pool: str, keys: Sequence[int]) -> dict[int, Homes]:
+        """Home targets of ring keys, by relay: each relay computes them from its own copy of the rings.
+
+        Raises CommandError as ``explain`` does.
+        """
+        found: dict[int, Homes] = {}
+        for relay in self._control.relays:
+            message = ResolveHomes(id=self._control.next_id(), pool=pool, keys=tuple(keys))
+            answer = await self._answer_of(relay, message)
+            if isinstance(answer, Homes):
+                found[relay] = answer
+        return found
+
     async def _ask(self, relay: int, message: ExplainPast | ExplainRequest) -> list[pb.Decision]:
+        answer = await self._answer_of(relay, message)
+        decisions = getattr(answer, "decisions", ())
+        return [decision_to_proto(decision, self._replica_id, relay) for decision in decisions]
+
+    async def _answer_of(self, relay: int, message: ExplainPast | ExplainRequest | ResolveHomes) -> RelayMessage:
         try:
             answer: RelayMessage = await self._control.ask(relay, message, MAX_DEADLINE_S)
         except RelayGoneError as error:
@@ -129,8 +154,7 @@ class Commands:
         if isinstance(answer, Failed):
             code = grpc.StatusCode.INVALID_ARGUMENT if answer.invalid else grpc.StatusCode.INTERNAL
             raise CommandError(code, answer.message)
-        decisions = getattr(answer, "decisions", ())
-        return [decision_to_proto(decision, self._replica_id, relay) for decision in decisions]
+        return answer
 
 
 def decision_to_proto(decision: ExplainedDecision, replica_id: str, relay: int) -> pb.Decision:

@@ -19,7 +19,9 @@ from router.shm.control import (
     ExplainRequest,
     Failed,
     Hello,
+    Homes,
     RelayMessage,
+    ResolveHomes,
     SetLogLevel,
     Stop,
     encode_frame,
@@ -93,6 +95,8 @@ class ControlClient:
             return Explained(id=message.id, decisions=self._context.decisions.find(message.request_id))
         if isinstance(message, ExplainRequest):
             return self._explain(message)
+        if isinstance(message, ResolveHomes):
+            return self._homes(message)
         if isinstance(message, SetLogLevel):
             level = logging.getLevelNamesMapping().get(message.level.upper())
             if level is None:
@@ -102,6 +106,14 @@ class ControlClient:
         assert isinstance(message, Stop)
         self._stop(message.grace_s)
         return Done(id=message.id)
+
+    def _homes(self, message: ResolveHomes) -> Homes:
+        live = self._context.fleet.live
+        pool = live.pool_state(message.pool)
+        if pool is None:
+            return Homes(id=message.id)
+        homes = tuple(live.homes(message.pool, key) for key in message.keys)
+        return Homes(id=message.id, ring_version=pool.ring.version, homes=homes)
 
     def _explain(self, message: ExplainRequest) -> RelayMessage:
         try:

@@ -118,6 +118,14 @@ class ExplainRequest(msgspec.Struct, frozen=True, kw_only=True, tag="explain_req
     body: bytes
 
 
+class ResolveHomes(msgspec.Struct, frozen=True, kw_only=True, tag="resolve_homes"):
+    """Asks for the home targets of ring keys, as this relay would compute them now."""
+
+    id: int
+    pool: str
+    keys: tuple[int, ...]
+
+
 class SetLogLevel(msgspec.Struct, frozen=True, kw_only=True, tag="set_log_level"):
     """Changes the level of the relay's log."""
 
@@ -146,6 +154,14 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True, tag="explained"):
     decisions: tuple[ExplainedDecision, ...] = ()
 
 
+class Homes(msgspec.Struct, frozen=True, kw_only=True, tag="homes"):
+    """Answer to ResolveHomes: target ids per key, in the order asked; empty for an unknown pool."""
+
+    id: int
+    ring_version: str = ""
+    homes: tuple[tuple[str, ...], ...] = ()
+
+
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """Answer to commands without a value."""
 
@@ -160,9 +176,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     invalid: bool = False
 
 
-AgentMessage = ExplainPast | ExplainRequest | SetLogLevel | Stop
+AgentMessage = ExplainPast | ExplainRequest | ResolveHomes | SetLogLevel | Stop
 """What the agent sends."""
-RelayMessage = Hello | Explained | Done | Failed
+RelayMessage = Hello | Explained | Homes | Done | Failed
 """What a relay sends."""
 
 M = TypeVar("M")

@@ -1,4 +1,7 @@
-"""Whether all relay processes agree on the homes of the ring keys they met, asked of their remembered decisions."""
+"""Whether all relay processes agree on the homes of every ring key met.
+
+The keys and the homes they had come from remembered decisions; then every relay is asked for the homes of every key.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -9,10 +12,11 @@ import msgspec
 
 CONCURRENCY = 8
 CALL_TIMEOUT_S = 5.0
+KEYS_PER_CALL = 1000
 
 
 class Agreement(msgspec.Struct, frozen=True, kw_only=True):
-    """What the relays said. A key counts as shared when two relays or more decided on it."""
+    """What the relays said. A key counts as shared when two relays or more named its homes."""
 
     relays: int = 0
     decisions: int = 0
@@ -42,7 +46,41 @@ async def check_homes(admin_urls: Sequence[str], request_ids: Sequence[str]) -> 
             return list(answer.get("decisions", ()))
 
         answers = await asyncio.gather(*(ask(url, name) for url in admin_urls for name in request_ids))
-    return agreement([decision for answer in answers for decision in answer])
+        decisions = [decision for answer in answers for decision in answer]
+        asked = await asyncio.gather(*(_homes_of(session, url, decisions) for url in admin_urls))
+    return agreement(decisions + [decision for answer in asked for decision in answer])
+
+
+async def _homes_of(
+    session: aiohttp.ClientSession, url: str, decisions: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """What each relay of a replica computes for every key of ``decisions``, in the form of decisions."""
+    keys: dict[str, dict[str, None]] = {}
+    for decision in decisions:
+        if any(target.get("role", "").startswith("home") for target in decision.get("examined", ())):
+            keys.setdefault(decision.get("pool", ""), {})[decision.get("ring_key", "")] = None
+    found: list[dict[str, Any]] = []
+    for pool, wanted in keys.items():
+        names = list(wanted)
+        for start in range(0, len(names), KEYS_PER_CALL):
+            part = names[start : start + KEYS_PER_CALL]
+            try:
+                async with session.post(f"{url}/homes", json={"pool": pool, "keys": part}) as reply:
+                    answer = await reply.json() if reply.status == 200 else {}
+            except (aiohttp.ClientError, TimeoutError, ValueError):
+                continue
+            for relay, told in answer.get("relays", {}).items():
+                shared = {
+                    "pool": pool,
+                    "ring_version": told["ring_version"],
+                    "replica_id": answer["replica_id"],
+                    "relay": int(relay),
+                }
+                found += [
+                    {**shared, "ring_key": key, "examined": [{"target_id": name, "role": "home"} for name in homes]}
+                    for key, homes in zip(part, told["homes"], strict=False)
+                ]
+    return found
 
 
 def agreement(decisions: Sequence[Mapping[str, Any]]) -> Agreement:

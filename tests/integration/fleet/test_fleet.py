@@ -93,23 +93,33 @@ def engine_states(fleet: Fleet) -> list[Path]:
     return sorted((fleet.run_dir / "engines").glob("*.json"))
 
 
-async def test_all_relays_agree_on_the_homes_of_a_prompt(start_fleet) -> None:  # type: ignore[no-untyped-def]
+async def test_all_relays_agree_on_the_homes_of_every_key(start_fleet) -> None:  # type: ignore[no-untyped-def]
     fleet: Fleet = await start_fleet(replicas=2, relays=2, engines=6)
-    for number in range(12):
-        body = b'{"model": "%s", "prompt": "%s"}' % (MODEL.encode(), (f"prompt number {number} " * 200).encode())
-        request = admin_pb2.ExplainRequest(
-            subject=router_pb2.ExplainCommand(request=router_pb2.HypotheticalRequest(path="/v1/completions", body=body))
-        )
-        homes = set()
-        relays = set()
-        for _ in range(2):
-            reply = await fleet.admin().Explain(request, timeout=5, metadata=fleet.metadata())
-            for decision in reply.decisions:
-                relays.add((decision.replica_id, decision.relay))
-                homes.add(tuple(e.target_id for e in decision.examined if e.role.startswith("home")))
-        assert len(homes) == 1
-        assert len(next(iter(homes))) == 4
-    assert relays
+    keys = [f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in range(1, 2001)]
+    answers = []
+    async with aiohttp.ClientSession() as session:
+        for url in fleet.router_admin_urls:
+            async with session.post(f"{url}/homes", json={"pool": "llama-8b", "keys": keys}) as reply:
+                assert reply.status == 200
+                answers += list((await reply.json())["relays"].values())
+    assert len(answers) == 4
+    assert all(answer == answers[0] for answer in answers)
+    homes = answers[0]["homes"]
+    assert len(homes) == len(keys)
+    assert all(len(set(four)) == 4 for four in homes)
+    body = b'{"model": "%s", "prompt": "%s"}' % (MODEL.encode(), b"a prompt of some length " * 200)
+    request = admin_pb2.ExplainRequest(
+        subject=router_pb2.ExplainCommand(request=router_pb2.HypotheticalRequest(path="/v1/completions", body=body))
+    )
+    reply = await fleet.admin().Explain(request, timeout=5, metadata=fleet.metadata())
+    decision = reply.decisions[0]
+    examined = [target.target_id for target in decision.examined if target.role.startswith("home")]
+    asked = {"pool": "llama-8b", "keys": [decision.ring_key]}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{fleet.router_admin_urls[1]}/homes", json=asked) as told,
+    ):
+        assert (await told.json())["relays"]["0"]["homes"] == [examined]
 
 
 async def test_control_plane_killed_under_load(start_fleet) -> None:  # type: ignore[no-untyped-def]

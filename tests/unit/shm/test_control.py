@@ -17,6 +17,7 @@ from router.shm.control import (
     ExplainRequest,
     Failed,
     Hello,
+    ResolveHomes,
     SetLogLevel,
     Stop,
     agent_side,
@@ -29,6 +30,7 @@ COMMANDS = (
     ExplainPast(id=1, request_id="r"),
     ExplainRequest(id=2, path="/v1/completions", headers={"a": "b"}, body=b"{}"),
     SetLogLevel(id=3, level="debug"),
+    ResolveHomes(id=5, pool="p", keys=(1, 2**64 - 1)),
     Stop(id=4, grace_s=1.5),
 )
 
