@@ -10,7 +10,7 @@ from controlplane.fleet.events import ControlChanged, Event, PolicyChanged, Prob
 from controlplane.fleet.reducer import reduce
 from controlplane.fleet.snapshot import SnapshotBuilder, live, targets_of
 from controlplane.fleet.state import FleetState
-from controlplane.fleet.values import ProbeOutcome, RankSample, Source
+from controlplane.fleet.values import FleetRules, ProbeOutcome, RankSample, Source
 from twofold import wire
 from twofold.model.fleet import FleetSnapshot, Health, RoutingPolicy
 
@@ -83,16 +83,20 @@ def essence(state: FleetState) -> FleetState:
 def test_a_duplicate_delivered_later_changes_nothing(events: list[Event], data: st.DataObject) -> None:
     expected = apply(events)
     # A probe of a worker that was not declared yet was dropped: its repetition is the first that counts.
-    heard = [i for i in range(len(events)) if not isinstance(events[i], ProbeResult) or _known_at(events, i)]
-    index = data.draw(st.sampled_from(heard))
+    index = data.draw(st.sampled_from(_heard(events)))
     later = data.draw(st.integers(index + 1, len(events)))
     duplicated = [*events[:later], events[index], *events[later:]]
     assert essence(apply(duplicated)) == essence(expected)
 
 
-def _known_at(events: list[Event], index: int) -> bool:
-    event = events[index]
-    return isinstance(event, ProbeResult) and event.worker_id in apply(events[:index]).workers
+def _heard(events: list[Event]) -> list[int]:
+    """Indices of the events that found what they speak of."""
+    state, found = FleetState(rules=FleetRules()), []
+    for index, event in enumerate(events):
+        if not isinstance(event, ProbeResult) or event.worker_id in state.workers:
+            found.append(index)
+        state = reduce(state, [event])
+    return found
 
 
 @given(histories(), st.data())
