@@ -25,7 +25,7 @@ def demo_fleet(engine: str, vllm_python: str = "", vllm_model: str = "") -> Flee
     mapping["routers"]["replicas"] = 2
     if engine == "emulated":
         # Engines with long steps, so that a small host can keep eight of them on time.
-        shared = {"engine": "emulated", "replicas": 4, "engines_per_process": 4, "fault_injection": True}
+        shared = {"engine": "emulated", "replicas": 4, "engines_per_process": 1, "fault_injection": True}
         mapping["pools"][0]["workers"] = [{"profile": profile} | shared for profile in DEMO_PROFILES]
     return on_free_ports(mapping)
 
