@@ -19,6 +19,7 @@ import msgspec
 import yaml
 
 from controlplane.discovery.fleet_file import FleetFile
+from controlplane.providers.processes import members
 from twofold import wire
 from twofold.cli.processes import Supervised
 from twofold.model.fleet import FleetSnapshot
@@ -229,21 +230,15 @@ class Fleet:
 
 
 def sweep_engines(run_dir: Path) -> None:
-    """Kill engine process groups whose state files are still in the run directory (a control plane that was killed)."""
+    """Kill what is left of engines whose state files are still in the run directory (a control plane that was killed).
+
+    All processes of the engine's session die: vLLM's engine core is in another process group than its API server.
+    """
     for path in sorted((run_dir / "engines").glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads(path.read_text())
-            pid, start_ticks = int(state["pid"]), int(state["start_ticks"])
-            if process_start_ticks(pid) == start_ticks:
+            for pid in members(int(state["pid"]), int(state["start_ticks"])):
                 log.warning("ending an engine that was left behind", extra={"engine_pid": pid, "state": path.name})
-                os.killpg(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         path.unlink(missing_ok=True)
-
-
-def process_start_ticks(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot, which tells it from a later one with the same pid."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])
