@@ -35,10 +35,8 @@ lint: $(STAMP) ## ruff, mypy --strict, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Tests of whole processes run one at a time: they would starve one another on a small machine.
 test-source: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/contract $(PARALLEL) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit tests/contract tests/integration $(PARALLEL) $(PYTEST_ARGS)
 
 test-wheel: $(STAMP)
 	@PARALLEL="$(PARALLEL)" scripts/test_wheel.sh $(PYTEST_ARGS)

@@ -11,5 +11,4 @@ cp -r tests proto scripts pyproject.toml "$work/"
 cd "$work"
 export PYTHONPATH=$work/site TWOFOLD_EXPECT_PACKAGES_UNDER=$work/site
 # shellcheck disable=SC2086  # flags, split on purpose
-"$bin/python" -m pytest tests/unit tests/contract ${PARALLEL:-} "$@"
-"$bin/python" -m pytest tests/integration "$@"
+"$bin/python" -m pytest tests/unit tests/contract tests/integration ${PARALLEL:-} "$@"
