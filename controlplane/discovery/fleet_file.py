@@ -31,6 +31,11 @@ Positive = Annotated[float, Meta(gt=0, le=1e6)]
 class FleetFileError(ValueError):
     """A fleet file that cannot be used; the message is one line: ``file:line: path: what is wrong``."""
 
+    def __init__(self, message: str) -> None:
+        # Keys and values of the file come back in messages: a line break in one must not break the line.
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__("".join(shown))
+
 
 class Engine(enum.StrEnum):
     """What a group of workers runs on."""

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from controlplane.discovery.fleet_file import (
@@ -190,6 +190,7 @@ VALUES = st.recursive(
 
 
 @given(st.sampled_from(range(11)), VALUES)
+@example(place=3, value={"\n": None})
 @settings(max_examples=400, deadline=None)
 def test_any_value_anywhere_is_taken_or_refused(place: int, value: Any) -> None:
     mapping: dict[str, Any] = yaml.safe_load(GOOD)
