@@ -43,6 +43,8 @@ class RealTimeEngine:
         self.on_death: Callable[[str], None] = lambda mode: None
         self.on_idle: Callable[[], None] = lambda: None
         self.steps_resynced = 0
+        self.stream_interval_tokens = 1
+        """Tokens that a stream's event waits for; its first and its last do not wait."""
         self._timer = timer
         self._clock = clock
         self._call_soon = call_soon

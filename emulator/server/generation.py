@@ -92,6 +92,9 @@ class Choice:
         if token_id != NO_TOKEN:
             self.output_tokens += 1
         if reason is None:
+            if self.opened and len(self.pending) + 1 < generation.engine.stream_interval_tokens:
+                self.pending.append(token_id)
+                return
             if generation.fast and self.opened and not self.pending and not generation.exchange.paused:
                 generation.write_fast(self, token_id)
                 return

@@ -38,6 +38,7 @@ class EngineHost:
         self.profile = profile
         self.metrics = EngineMetrics(model, settings.model)
         self.engine = RealTimeEngine(model, self.metrics, timer, time.monotonic, loop.call_soon)
+        self.engine.stream_interval_tokens = settings.stream_interval
         self.app = EngineApp(
             self.engine,
             EngineSettings(

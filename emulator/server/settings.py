@@ -26,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: Annotated[int | None, _doc("most running requests; default: the profile's")] = None
     max_num_batched_tokens: Annotated[int | None, _doc("token budget of a step; default: the profile's")] = None
     scheduling_policy: Annotated[SchedulingPolicy, _doc("fcfs or priority")] = SchedulingPolicy.FCFS
+    stream_interval: Annotated[int, msgspec.Meta(ge=1, description="tokens per event of a stream, after its first")] = 1
     prefix_caching: Annotated[bool, _doc("keep KV blocks for later prompts")] = True
     profile_file: Annotated[str, _doc("JSON or YAML file with one profile or a list of them")] = ""
     list_profiles: Annotated[bool, _doc("print the built-in profiles and exit")] = False

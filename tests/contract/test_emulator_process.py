@@ -106,6 +106,17 @@ def test_output_is_the_chain_in_stream_batch_and_chat(start: Start) -> None:
     checker.finish(9)
 
 
+def test_a_stream_interval_gathers_tokens_but_for_the_first_and_the_last(start: Start) -> None:
+    emulator = start("--stream-interval", "4")
+    response = ask(emulator, 11, return_token_ids=True)
+    sizes = [len(choice["token_ids"]) for delta in response.deltas() for choice in delta["choices"]]
+    assert check(response, 11).verified == 11
+    assert sizes[0] == 1
+    assert sum(sizes) == 11
+    # A step that is late joins its tokens to the next ones: events may be larger, never smaller.
+    assert all(size >= 4 for size in sizes[1:-1])
+
+
 def test_without_max_tokens_a_chat_ends_by_itself(start: Start) -> None:
     emulator = start("--time-scale", "20")
     lengths, reasons = [], set()
