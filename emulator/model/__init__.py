@@ -1,11 +1,12 @@
 """A vLLM V1 engine as a pure state machine: batching, chunked prefill, KV blocks, prefix cache, preemption."""
 
 from emulator.model.blocks import AllBlocksCleared, BlockPool, BlockRemoved, BlockStored, KvEvent
-from emulator.model.engine import Counters, EngineModel, StepResult
-from emulator.model.request import FinishReason, Request, Status
+from emulator.model.engine import Counters, EngineModel, Load, Pause, StepResult
+from emulator.model.request import Adapter, FinishReason, Request, Status
 from emulator.model.waiting import SchedulingPolicy
 
 __all__ = [
+    "Adapter",
     "AllBlocksCleared",
     "BlockPool",
     "BlockRemoved",
@@ -14,6 +15,8 @@ __all__ = [
     "EngineModel",
     "FinishReason",
     "KvEvent",
+    "Load",
+    "Pause",
     "Request",
     "SchedulingPolicy",
     "Status",

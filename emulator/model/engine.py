@@ -1,5 +1,7 @@
 """The scheduler and the step: vLLM V1's ``v1/core/sched/scheduler.py`` as a function of time."""
 
+import enum
+
 import msgspec
 
 from emulator.model.blocks import BlockPool, KvEvent, extend_hashes
@@ -21,20 +23,43 @@ class Counters(msgspec.Struct, kw_only=True):
     busy_s: float = 0.0
 
 
+class Pause(enum.IntEnum):
+    """vLLM's pause states: everything runs; nothing new is admitted; nothing is scheduled at all."""
+
+    NONE = 0
+    NEW = 1
+    ALL = 2
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What the scheduler's gauges show. ``waiting`` counts the ``deferred`` ones too."""
+
+    running: int = 0
+    waiting: int = 0
+    deferred: int = 0
+    kv_usage: float = 0.0
+
+
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one engine step does. ``tokens`` become visible ``duration_s`` after the step began.
+    """What one engine step does. ``tokens`` become visible ``duration_s`` after the step began, and so does ``load``.
 
     ``tokens``: (request, new token id), one per request that sampled; if its ``finish_reason`` is set it has ended.
-    ``admitted``: requests scheduled for the first time. ``events``: KV events, where they are recorded.
+    ``admitted``: requests scheduled for the first time; ``resumed``: those scheduled again after a preemption.
+    ``load``: the engine at the end of the step, without what came in while it ran. ``prefix_cache_queries`` and
+    ``prefix_cache_hits``: tokens looked up and found by ``admitted``. ``events``: KV events, where they are recorded.
     """
 
     duration_s: float
     tokens: list[tuple[Request, int]]
     admitted: list[Request]
+    resumed: list[Request]
     preempted: list[Request]
     finished: list[Request]
     scheduled_tokens: int
     decodes: int
+    load: Load
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     events: list[KvEvent]
 
 
@@ -45,6 +70,7 @@ class EngineModel:
     only if nothing was preempted; the first waiting request that does not fit stops admission; a prompt is admitted
     only if all of its blocks fit, though chunked prefill computes it piece by piece; a running request without a block
     preempts (recomputes) the last running request, or with the priority policy that of greatest (priority, arrival).
+    A step runs at most ``max_loras`` different adapters: waiting requests of further ones are skipped.
 
     Raises ValueError if the longest request would not fit the KV cache.
     """
@@ -56,6 +82,7 @@ class EngineModel:
         policy: SchedulingPolicy = SchedulingPolicy.FCFS,
         record_events: bool = False,
         prefix_caching: bool = True,
+        max_loras: int = 1,
     ) -> None:
         num_blocks = profile.kv_capacity_tokens // profile.block_size_tokens
         usable_tokens = (num_blocks - 1) * profile.block_size_tokens
@@ -69,12 +96,21 @@ class EngineModel:
         self.counters = Counters()
         self._policy = policy
         self._prefix_caching = prefix_caching
+        self._max_loras = max_loras
         self._requests: dict[str, Request] = {}
+        self.paused = Pause.NONE
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.running) or len(self.waiting) > 0
+        if self.paused is Pause.NONE:
+            return bool(self.running) or len(self.waiting) > 0
+        return self.paused is Pause.NEW and bool(self.running)
+
+    @property
+    def load(self) -> Load:
+        """The engine as it stands."""
+        return Load(len(self.running), len(self.waiting), self.waiting.num_deferred, self.pool.usage)
 
     def get(self, request_id: str) -> Request | None:
         """The unfinished request with this id."""
@@ -110,30 +146,39 @@ class EngineModel:
         """All requests that run or wait."""
         return list(self._requests.values())
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks. False while requests hold blocks."""
+    def reset_prefix_cache(self, *, preempt: bool = False) -> bool:
+        """Forget all cached blocks. False while requests hold blocks, unless those are to be preempted first."""
+        if preempt:
+            for request in reversed(self.running[:]):
+                self._preempt(request)
         return self.pool.clear_cache()
 
     def step(self, now_s: float) -> StepResult:
         """Schedule one batch at ``now_s`` and run it; state is that of ``now_s + duration_s`` when this returns."""
         scheduled: list[Request] = []
+        counters = self.counters
+        queries, hits = counters.prefix_cache_queries, counters.prefix_cache_hits
         budget, preempted = self._schedule_running(scheduled)
         admitted: list[Request] = []
-        if not preempted:
-            budget = self._schedule_waiting(budget, now_s, scheduled, admitted)
+        resumed: list[Request] = []
+        if not preempted and self.paused is Pause.NONE and len(self.waiting):
+            budget = self._schedule_waiting(budget, now_s, scheduled, admitted, resumed)
         duration_s, decodes = self._duration(scheduled)
         tokens, finished = self._execute(scheduled, now_s + duration_s)
-        counters = self.counters
         counters.steps += 1
         counters.busy_s += duration_s
         return StepResult(
             duration_s=duration_s,
             tokens=tokens,
             admitted=admitted,
+            resumed=resumed,
             preempted=preempted,
             finished=finished,
             scheduled_tokens=self.profile.max_num_batched_tokens - budget,
             decodes=decodes,
+            load=self.load,
+            prefix_cache_queries=counters.prefix_cache_queries - queries,
+            prefix_cache_hits=counters.prefix_cache_hits - hits,
             events=self.pool.drain_events(),
         )
 
@@ -164,14 +209,26 @@ class EngineModel:
             index += 1
         return budget, preempted
 
-    def _schedule_waiting(self, budget: int, now_s: float, scheduled: list[Request], admitted: list[Request]) -> int:
+    def _schedule_waiting(
+        self,
+        budget: int,
+        now_s: float,
+        scheduled: list[Request],
+        admitted: list[Request],
+        resumed: list[Request],
+    ) -> int:
         block_size = self.profile.block_size_tokens
+        adapters = {request.adapter.adapter_id for request in scheduled if request.adapter is not None}
         while budget > 0 and len(self.running) < self.profile.max_num_seqs:
             request = self.waiting.peek()
             if request is None:
                 break
+            adapter = request.adapter
+            if adapter is not None and len(adapters) >= self._max_loras and adapter.adapter_id not in adapters:
+                self.waiting.skip()
+                continue
             total = len(request.ids)
-            limit = (total - 1) // block_size if self._prefix_caching else 0
+            limit = (total - 1) // block_size if self._prefix_caching and request.read_cache else 0
             hit = self.pool.find(request.hashes, limit)
             whole = -(-total // block_size) - len(hit)
             if whole + self.pool.num_unreferenced(hit) > self.pool.num_free:
@@ -186,18 +243,23 @@ class EngineModel:
                 self._count_admission(request, cached)
                 request.first_scheduled_s = now_s
                 admitted.append(request)
+            else:
+                resumed.append(request)
+            if adapter is not None:
+                adapters.add(adapter.adapter_id)
             request.status = Status.RUNNING
             self.running.append(request)
             new_tokens = min(total - cached, budget)
             self._assign(request, -(-(cached + new_tokens) // block_size) - len(hit), new_tokens)
             budget -= new_tokens
             scheduled.append(request)
+        self.waiting.restore()
         return budget
 
     def _count_admission(self, request: Request, cached: int) -> None:
         request.cached_tokens = cached
         counters = self.counters
-        counters.prefix_cache_queries += request.prompt_tokens if self._prefix_caching else 0
+        counters.prefix_cache_queries += request.prompt_tokens if self._prefix_caching and request.read_cache else 0
         counters.prefix_cache_hits += cached
 
     def _assign(self, request: Request, needed: int, new_tokens: int) -> None:

@@ -4,6 +4,7 @@ import enum
 from array import array
 from collections.abc import Sequence
 
+import msgspec
 import xxhash
 
 from emulator.tokens import EOS_ID, TokenChain
@@ -27,20 +28,33 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Adapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter. ``adapter_id`` counts from 1 in the order of loading, as vLLM's ``lora_int_id``."""
+
+    adapter_id: int
+    name: str
+    path: str
+
+
 class Request:
     """A request and its progress. The engine model alone changes it after ``EngineModel.add``.
 
     ``max_tokens`` bounds the output; with ``natural_end`` it may also end earlier, where the token chain says so.
     ``priority``: lower runs first (priority policy only). ``arrival_s`` is the clock of ``EngineModel.step``.
-    ``cache_salt`` keeps the request's blocks apart from those of other salts.
+    ``cache_salt`` keeps the request's blocks apart from those of other salts, ``adapter`` from those of other adapters
+    and of the base model. ``read_cache=False`` computes the whole prompt, as vLLM does where prompt logprobs are asked
+    for; its blocks are stored all the same.
     """
 
     __slots__ = (
+        "adapter",
         "arrival_s",
         "blocks",
+        "cache_salt",
         "cached_tokens",
         "chain",
         "computed_tokens",
+        "deferred",
         "finish_reason",
         "first_scheduled_s",
         "first_token_s",
@@ -55,6 +69,7 @@ class Request:
         "preemptions",
         "priority",
         "prompt_tokens",
+        "read_cache",
         "request_id",
         "scheduled_tokens",
         "status",
@@ -76,6 +91,8 @@ class Request:
         ignore_eos: bool = False,
         stop_token_ids: frozenset[int] = frozenset(),
         cache_salt: str = "",
+        adapter: Adapter | None = None,
+        read_cache: bool = True,
     ) -> None:
         if not prompt_ids:
             raise ValueError("a request needs at least one prompt token")
@@ -92,7 +109,10 @@ class Request:
         self.ignore_eos = ignore_eos
         self.stop_token_ids = stop_token_ids
         self.chain = TokenChain(prompt_ids)
-        self.hash_seed = xxhash.xxh3_64_intdigest(cache_salt.encode("utf-8", "replace")) if cache_salt else 0
+        self.cache_salt = cache_salt
+        self.read_cache = read_cache
+        self.deferred = False
+        self.use_adapter(adapter)
         self.hashes: list[int] = []
         self.blocks: list[int] = []
         self.stored_blocks = 0
@@ -106,6 +126,12 @@ class Request:
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Run with this adapter, None for the base model. To be called before ``EngineModel.add`` alone."""
+        self.adapter = adapter
+        apart = self.cache_salt if adapter is None else f"{adapter.name}\0{adapter.path}\0{self.cache_salt}"
+        self.hash_seed = xxhash.xxh3_64_intdigest(apart.encode("utf-8", "replace")) if apart else 0
 
     @property
     def output_tokens(self) -> int:

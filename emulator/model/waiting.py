@@ -24,6 +24,9 @@ class WaitingQueue:
         self._sequence = 0
         self._size = 0
         self._tokens = 0
+        self._skipped: list[Request] = []
+        self.num_deferred = 0
+        """Requests among those that wait that a scheduling pass had to skip (see ``skip``)."""
 
     def __len__(self) -> int:
         return self._size
@@ -66,6 +69,23 @@ class WaitingQueue:
         request = self._queue.popleft() if self._policy is SchedulingPolicy.FCFS else heapq.heappop(self._heap)[3]
         self._count(request, -1)
 
+    def skip(self) -> None:
+        """Set what ``peek`` returned aside until ``restore``, and count it as deferred until it is popped."""
+        skipped = self._queue.popleft() if self._policy is SchedulingPolicy.FCFS else heapq.heappop(self._heap)[3]
+        self._skipped.append(skipped)
+        if not skipped.deferred:
+            skipped.deferred = True
+            self.num_deferred += 1
+
+    def restore(self) -> None:
+        """Put the skipped requests back: to the front in their order, or to their places in the heap."""
+        while self._skipped:
+            request = self._skipped.pop()
+            if self._policy is SchedulingPolicy.FCFS:
+                self._queue.appendleft(request)
+            else:
+                self._push(request)
+
     def dropped(self, request: Request) -> None:
         """A waiting request was marked finished: stop counting it."""
         self._count(request, -1)
@@ -75,6 +95,9 @@ class WaitingQueue:
             heapq.heapify(self._heap)
 
     def _count(self, request: Request, sign: int) -> None:
+        if sign < 0 and request.deferred:
+            request.deferred = False
+            self.num_deferred -= 1
         self._size += sign
         self._tokens += sign * len(request.ids)
 
