@@ -113,6 +113,7 @@ def target_to_proto(target: Target) -> pb.Target:
             tokenizer_digest=facts.tokenizer_digest,
             served_models=facts.served_models,
             adapters=facts.adapters,
+            adapter_paths=facts.adapter_paths,
         ),
         load=pb.EngineLoad(**msgspec.structs.asdict(load)),
         zone=target.zone,
@@ -153,6 +154,7 @@ def target_from_proto(message: pb.Target) -> Target:
             tokenizer_digest=facts.tokenizer_digest,
             served_models=tuple(facts.served_models),
             adapters=tuple(facts.adapters),
+            adapter_paths=tuple(facts.adapter_paths),
         ),
         load=EngineLoad(
             observed_s=load.observed_s,
@@ -189,6 +191,8 @@ def pool_to_proto(pool: Pool) -> pb.Pool:
         kv_events=pool.kv_events,
         max_inflight_per_target=pool.max_inflight_per_target,
         slo=pb.Slo(**msgspec.structs.asdict(pool.slo)),
+        tokenizer=pool.tokenizer,
+        hash_seed=pool.hash_seed,
     )
 
 
@@ -216,6 +220,8 @@ def pool_from_proto(message: pb.Pool) -> Pool:
         slo=Slo(ttft_s=message.slo.ttft_s, tpot_s=message.slo.tpot_s, percentile=message.slo.percentile)
         if message.HasField("slo")
         else default.slo,
+        tokenizer=message.tokenizer,
+        hash_seed=message.hash_seed,
     )
 
 

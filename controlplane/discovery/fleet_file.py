@@ -109,6 +109,10 @@ class PoolSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tokenizer_digest: str = ""
     kv_events: bool = False
     max_inflight_per_target: Annotated[int, Meta(ge=1, le=1_000_000)] = 1024
+    tokenizer: Annotated[str, Meta(max_length=4096)] = ""
+    """"builtin", or the path of a tokenizer.json (or its folder) on the routers' file system."""
+    hash_seed: Annotated[str, Meta(max_length=64)] = ""
+    """PYTHONHASHSEED of the engines, where it is set."""
     slo: SloSection = SloSection()
 
 

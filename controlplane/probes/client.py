@@ -81,7 +81,7 @@ class ProbeClient:
         return Finding(outcome=ProbeOutcome.OK, readings=readings, facts=facts)
 
     async def _facts(self, url: str, readings: Readings, model: str) -> EngineFacts:
-        models, adapters, length = _models(_json(await self._get(url, "/v1/models", MAX_SMALL_BYTES)))
+        models, adapters, paths, length = _models(_json(await self._get(url, "/v1/models", MAX_SMALL_BYTES)))
         version = await self._optional(lambda: self._version(url))
         digest = await self._optional(lambda: self._tokenizer_digest(url, model or (models[0] if models else "")))
         return EngineFacts(
@@ -93,6 +93,7 @@ class ProbeClient:
             tokenizer_digest=digest,
             served_models=models,
             adapters=adapters,
+            adapter_paths=paths,
         )
 
     async def _optional(self, ask: Callable[[], Any]) -> str:
@@ -155,13 +156,14 @@ def samples(readings: Readings, inflight: Callable[[int], tuple[int, int]]) -> t
     return tuple(found)
 
 
-def _models(answer: Any) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """Served names, adapter names and model length out of /v1/models. Raises ProbeError when it is none."""
+def _models(answer: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], int]:
+    """Served names, adapter names, their paths and model length out of /v1/models. Raises ProbeError when it is none."""
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         raise ProbeError("/v1/models answered no list of models")
     bases: list[str] = []
     adapters: list[str] = []
+    paths: list[str] = []
     length = 0
     for entry in data[:MAX_NAMES]:
         name = entry.get("id") if isinstance(entry, dict) else None
@@ -169,12 +171,14 @@ def _models(answer: Any) -> tuple[tuple[str, ...], tuple[str, ...], int]:
             continue
         if isinstance(entry.get("parent"), str):
             adapters.append(name)
+            root = entry.get("root")
+            paths.append(root if isinstance(root, str) and len(root) <= 4096 else "")
             continue
         bases.append(name)
         own = entry.get("max_model_len")
         if isinstance(own, int) and not isinstance(own, bool) and 0 < own < 1 << 31:
             length = own
-    return tuple(bases), tuple(adapters), length
+    return tuple(bases), tuple(adapters), tuple(paths), length
 
 
 def _json(body: bytes) -> Any:

@@ -41,6 +41,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_digest: str = ""
     served_models: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
+    adapter_paths: tuple[str, ...] = ()
+    """Where each of ``adapters`` was loaded from, in the same order; its path is part of the engine's block hashes."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +122,10 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     kv_events: bool = False
     max_inflight_per_target: int = 1024
     slo: Slo = Slo()
+    tokenizer: str = ""
+    """For exact prefixes of texts and chats: "builtin" (the emulator's), or the path of a tokenizer.json or its folder."""
+    hash_seed: str = ""
+    """PYTHONHASHSEED of the engines, which seeds their block hashes; "" when they have none."""
 
 
 class RoutingPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -195,6 +195,7 @@ class EngineFacts(_message.Message):
     TOKENIZER_DIGEST_FIELD_NUMBER: _builtins.int
     SERVED_MODELS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    ADAPTER_PATHS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the engine's software."""
     block_size_tokens: _builtins.int
@@ -215,6 +216,10 @@ class EngineFacts(_message.Message):
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the adapters it has loaded."""
 
+    @_builtins.property
+    def adapter_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where it loaded each of them from, in the same order; empty when it did not say."""
+
     def __init__(
         self,
         *,
@@ -226,10 +231,11 @@ class EngineFacts(_message.Message):
         tokenizer_digest: _builtins.str = ...,
         served_models: _abc.Iterable[_builtins.str] | None = ...,
         adapters: _abc.Iterable[_builtins.str] | None = ...,
+        adapter_paths: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_size_tokens", b"block_size_tokens", "hash_algorithm", b"hash_algorithm", "kv_capacity_tokens", b"kv_capacity_tokens", "max_model_len_tokens", b"max_model_len_tokens", "served_models", b"served_models", "tokenizer_digest", b"tokenizer_digest", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_paths", b"adapter_paths", "adapters", b"adapters", "block_size_tokens", b"block_size_tokens", "hash_algorithm", b"hash_algorithm", "kv_capacity_tokens", b"kv_capacity_tokens", "max_model_len_tokens", b"max_model_len_tokens", "served_models", b"served_models", "tokenizer_digest", b"tokenizer_digest", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,6 +443,8 @@ class Pool(_message.Message):
     KV_EVENTS_FIELD_NUMBER: _builtins.int
     MAX_INFLIGHT_PER_TARGET_FIELD_NUMBER: _builtins.int
     SLO_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    HASH_SEED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique in the fleet."""
     upstream_model: _builtins.str
@@ -459,6 +467,10 @@ class Pool(_message.Message):
     """Whether the engines publish KV events."""
     max_inflight_per_target: _builtins.int
     """Most requests that routers keep on one target at a time; 0 means 1024."""
+    tokenizer: _builtins.str
+    """Tokenizer of the model, for exact prefixes of texts and chats: "builtin", or a path on the routers' file system."""
+    hash_seed: _builtins.str
+    """PYTHONHASHSEED of the engines, which seeds their block hashes; "" when they have none."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names by which clients ask for it: the served name first, aliases after it."""
@@ -488,10 +500,12 @@ class Pool(_message.Message):
         kv_events: _builtins.bool = ...,
         max_inflight_per_target: _builtins.int = ...,
         slo: Global___Slo | None = ...,
+        tokenizer: _builtins.str = ...,
+        hash_seed: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_size_tokens", b"block_size_tokens", "bytes_per_token", b"bytes_per_token", "chunk_bytes", b"chunk_bytes", "hash_algorithm", b"hash_algorithm", "kv_events", b"kv_events", "max_inflight_per_target", b"max_inflight_per_target", "max_model_len_tokens", b"max_model_len_tokens", "models", b"models", "name", b"name", "reference_profile", b"reference_profile", "slo", b"slo", "tokenizer_digest", b"tokenizer_digest", "upstream_model", b"upstream_model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "block_size_tokens", b"block_size_tokens", "bytes_per_token", b"bytes_per_token", "chunk_bytes", b"chunk_bytes", "hash_algorithm", b"hash_algorithm", "hash_seed", b"hash_seed", "kv_events", b"kv_events", "max_inflight_per_target", b"max_inflight_per_target", "max_model_len_tokens", b"max_model_len_tokens", "models", b"models", "name", b"name", "reference_profile", b"reference_profile", "slo", b"slo", "tokenizer", b"tokenizer", "tokenizer_digest", b"tokenizer_digest", "upstream_model", b"upstream_model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
