@@ -12,16 +12,20 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
+from emulator.model.request import Adapter
+
 NULL_BLOCK = 0
 
 
 class BlockStored(msgspec.Struct, frozen=True, kw_only=True):
-    """Blocks became findable; ``token_ids`` are those of the stored blocks alone."""
+    """Blocks became findable; ``token_ids`` are those of the stored blocks alone, ``cache_salt`` that of the prompt."""
 
     block_hashes: tuple[int, ...]
     parent_block_hash: int | None
     token_ids: tuple[int, ...]
     block_size_tokens: int
+    adapter: Adapter | None = None
+    cache_salt: str = ""
 
 
 class BlockRemoved(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,8 +138,19 @@ class BlockPool:
         for block in reversed(unhashed):
             self._link(block, NULL_BLOCK)
 
-    def store(self, blocks: Sequence[int], hashes: Sequence[int], start: int, end: int, ids: "array[int]") -> None:
-        """Make the full blocks ``start..end-1`` of a request findable under their hashes."""
+    def store(
+        self,
+        blocks: Sequence[int],
+        hashes: Sequence[int],
+        start: int,
+        end: int,
+        ids: "array[int]",
+        *,
+        adapter: Adapter | None = None,
+        cache_salt: str = "",
+    ) -> None:
+        """Make the full blocks ``start..end-1`` of a request findable under their hashes. ``adapter`` and
+        ``cache_salt`` are what its event says besides."""
         for index in range(start, end):
             block, block_hash = blocks[index], hashes[index]
             self._hash[block] = block_hash
@@ -155,6 +170,8 @@ class BlockPool:
                     parent_block_hash=hashes[start - 1] if start else None,
                     token_ids=tuple(ids[start * size : end * size]),
                     block_size_tokens=size,
+                    adapter=adapter,
+                    cache_salt=cache_salt,
                 )
             )
 
@@ -167,6 +184,10 @@ class BlockPool:
         if self._record:
             self.events.append(AllBlocksCleared())
         return True
+
+    def cached_copies(self) -> dict[int, int]:
+        """Every findable hash and the number of physical blocks that hold it: O(blocks)."""
+        return {name: 1 if isinstance(entry, int) else len(entry) for name, entry in self._cached.items()}
 
     def drain_events(self) -> list[KvEvent]:
         """The events since the last call, oldest first."""

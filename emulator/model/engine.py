@@ -4,9 +4,11 @@ import enum
 
 import msgspec
 
-from emulator.model.blocks import BlockPool, KvEvent, extend_hashes
+from emulator.model.blocks import BlockPool, KvEvent
+from emulator.model.hashing import CheapHashing, EngineHashing, Hashing
 from emulator.model.request import FinishReason, Request, Status
 from emulator.model.waiting import SchedulingPolicy, WaitingQueue
+from twofold.model.block_hash import BlockHasher
 from twofold.model.profile import EngineProfile
 
 
@@ -71,6 +73,7 @@ class EngineModel:
     only if all of its blocks fit, though chunked prefill computes it piece by piece; a running request without a block
     preempts (recomputes) the last running request, or with the priority policy that of greatest (priority, arrival).
     A step runs at most ``max_loras`` different adapters: waiting requests of further ones are skipped.
+    With a ``hasher`` blocks bear the names that vLLM gives them, else cheap ones.
 
     Raises ValueError if the longest request would not fit the KV cache.
     """
@@ -83,6 +86,7 @@ class EngineModel:
         record_events: bool = False,
         prefix_caching: bool = True,
         max_loras: int = 1,
+        hasher: BlockHasher | None = None,
     ) -> None:
         num_blocks = profile.kv_capacity_tokens // profile.block_size_tokens
         usable_tokens = (num_blocks - 1) * profile.block_size_tokens
@@ -97,6 +101,8 @@ class EngineModel:
         self._policy = policy
         self._prefix_caching = prefix_caching
         self._max_loras = max_loras
+        size = profile.block_size_tokens
+        self._hashing: Hashing = EngineHashing(hasher) if hasher is not None else CheapHashing(size)
         self._requests: dict[str, Request] = {}
         self.paused = Pause.NONE
 
@@ -124,7 +130,7 @@ class EngineModel:
             raise ValueError("the prompt leaves no room for output")
         self._requests[request.request_id] = request
         if self._prefix_caching:
-            extend_hashes(request.hashes, request.ids, self.profile.block_size_tokens, request.hash_seed)
+            self._hashing.extend(request)
         self.waiting.append(request)
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
@@ -268,8 +274,16 @@ class EngineModel:
         request.scheduled_tokens = new_tokens
         full = (request.computed_tokens + new_tokens) // self.profile.block_size_tokens
         if self._prefix_caching and full > request.stored_blocks:
-            extend_hashes(request.hashes, request.ids, self.profile.block_size_tokens, request.hash_seed)
-            self.pool.store(request.blocks, request.hashes, request.stored_blocks, full, request.ids)
+            self._hashing.extend(request)
+            self.pool.store(
+                request.blocks,
+                request.hashes,
+                request.stored_blocks,
+                full,
+                request.ids,
+                adapter=request.adapter,
+                cache_salt=request.cache_salt,
+            )
             request.stored_blocks = full
 
     def _victim(self) -> Request:
@@ -281,7 +295,7 @@ class EngineModel:
         self.running.remove(request)
         self._release(request)
         if self._prefix_caching:
-            extend_hashes(request.hashes, request.ids, self.profile.block_size_tokens, request.hash_seed)
+            self._hashing.extend(request)
         request.status = Status.PREEMPTED
         request.computed_tokens = 0
         request.preemptions += 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
+from emulator.outputs import OutputSource
 from emulator.tokens import EOS_ID, TokenChain
 
 
@@ -43,7 +44,7 @@ class Request:
     ``priority``: lower runs first (priority policy only). ``arrival_s`` is the clock of ``EngineModel.step``.
     ``cache_salt`` keeps the request's blocks apart from those of other salts, ``adapter`` from those of other adapters
     and of the base model. ``read_cache=False`` computes the whole prompt, as vLLM does where prompt logprobs are asked
-    for; its blocks are stored all the same.
+    for; its blocks are stored all the same. ``source``: where the output comes from, the plain chain if None.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Request:
         "first_scheduled_s",
         "first_token_s",
         "hash_seed",
+        "hash_tail",
         "hashes",
         "ids",
         "ignore_eos",
@@ -91,6 +93,7 @@ class Request:
         ignore_eos: bool = False,
         stop_token_ids: frozenset[int] = frozenset(),
         cache_salt: str = "",
+        source: OutputSource | None = None,
         adapter: Adapter | None = None,
         read_cache: bool = True,
     ) -> None:
@@ -108,12 +111,13 @@ class Request:
         self.natural_end = natural_end
         self.ignore_eos = ignore_eos
         self.stop_token_ids = stop_token_ids
-        self.chain = TokenChain(prompt_ids)
+        self.chain: OutputSource = source or TokenChain(prompt_ids)
         self.cache_salt = cache_salt
         self.read_cache = read_cache
         self.deferred = False
         self.use_adapter(adapter)
         self.hashes: list[int] = []
+        self.hash_tail = b""
         self.blocks: list[int] = []
         self.stored_blocks = 0
         self.computed_tokens = 0
