@@ -81,7 +81,7 @@ async def _serve(
     store: Store = MemoryStore() if options.memory_store else FileStore(run_dir / "controlplane.json")
     control_plane = ControlPlane(file, fleet_path, run_dir, store)
     server = Server(control_plane, token=token, tls=tls)
-    port = MetricsPort(control_plane)
+    port = MetricsPort(control_plane, debug_profile=options.debug_profile, token=token)
     # Sockets first: a second control plane on the same address must fail before it touches any engine.
     try:
         await server.start(*address)

@@ -13,6 +13,8 @@ from prometheus_client.registry import Collector
 from controlplane.app import ControlPlane
 from twofold.model.fleet import Health
 from twofold.model.reasons import TargetCondition
+from twofold.runtime import sampler
+from twofold.runtime.port import PATH, ProfilePort, Wanted
 
 PREFIX = "twofold_controlplane_"
 
@@ -109,11 +111,17 @@ def _counter(name: str, help_text: str, value: float) -> Metric:
     return CounterMetricFamily(PREFIX + name, help_text, value=float(value))
 
 
-class MetricsPort:
-    """HTTP: /metrics for Prometheus, /healthz (200 once routers are given snapshots, else 503)."""
+async def _record(wanted: Wanted) -> sampler.Profile:
+    return await sampler.record(wanted.process, seconds=wanted.seconds, hz=wanted.hz, clock=wanted.clock)
 
-    def __init__(self, control_plane: ControlPlane) -> None:
+
+class MetricsPort:
+    """HTTP: /metrics for Prometheus, /healthz (200 once routers are given snapshots, else 503), and with
+    ``debug_profile`` /debug/profile for clients on this host or with ``token``."""
+
+    def __init__(self, control_plane: ControlPlane, *, debug_profile: bool = False, token: str = "") -> None:
         self._control_plane = control_plane
+        self._profiles = ProfilePort(_record, lambda: ("controlplane",), enabled=debug_profile, token=token)
         self._registry = CollectorRegistry()
         self._registry.register(ControlPlaneCollector(control_plane))
         self._runner: web.AppRunner | None = None
@@ -124,6 +132,7 @@ class MetricsPort:
         app = web.Application(client_max_size=1024)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
+        app.router.add_get(PATH, self._profiles.get)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await self._runner.setup()
         site = web.TCPSite(self._runner, host, port, reuse_address=True)

@@ -22,5 +22,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls_key: Annotated[str, _doc("PEM key of the certificate")] = ""
     tls_client_ca: Annotated[str, _doc("PEM authority that client certificates must come from (mTLS)")] = ""
     insecure_plaintext: Annotated[bool, _doc("allow plaintext on addresses beyond loopback")] = False
+    debug_profile: Annotated[bool, _doc("answer GET /debug/profile on the metrics port")] = False
     log_file: Annotated[str, _doc("append JSON log lines here instead of writing to stderr")] = ""
     log_level: Annotated[str, _doc("debug, info, warning or error")] = "info"

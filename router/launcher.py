@@ -65,6 +65,7 @@ class LauncherSettings(msgspec.Struct, frozen=True, kw_only=True):
     slots: Annotated[int, _help("most targets the replica can hold")] = DEFAULT_SLOTS
     grace_s: Annotated[float, _help("running streams may go on this long after SIGTERM")] = 30.0
     hang_timeout_s: Annotated[float, _help("a child that does not beat for this long is killed; 0 never")] = 30.0
+    debug_profile: Annotated[bool, _help("answer GET /debug/profile on the admin port")] = False
     log_file: Annotated[str, _help("append JSON lines here instead of standard error")] = ""
     log_level: Annotated[str, _help("debug, info, warning or error")] = "info"
 
@@ -210,6 +211,8 @@ class Launcher:
             *("--admin-fd", str(admin.fileno())),
             *("--log-level", settings.log_level),
         ]
+        if settings.debug_profile:
+            argv.append("--debug-profile")
         for address in settings.control_plane:
             argv += ["--control-plane", address]
         for name in ("token_file", "tls_ca_file", "tls_cert_file", "tls_key_file", "log_file"):

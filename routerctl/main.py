@@ -11,7 +11,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 from routerctl.errors import CommandError, ExitCode
 from routerctl.options import common_parser, resolve
 from routerctl.session import Session
-from routerctl.verbs import cordon, describe, explain, get, local, policy, top
+from routerctl.verbs import cordon, describe, explain, get, local, policy, profile, top
 
 PROG = "routerctl"
 
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for module in (get, describe, explain, cordon, policy, top):
+    for module in (get, describe, explain, cordon, policy, top, profile):
         module.register(verbs, common)
     local.register(verbs, common, build_parser)
     return parser

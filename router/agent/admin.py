@@ -14,6 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from router.agent.commands import CommandError, Commands
 from router.shm.control import MAX_BODY_BYTES
 from router.shm.exposition import CONTENT_TYPE
+from twofold.runtime import port
 from twofold.v1 import router_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class AdminServer:
         ready: Callable[[], str],
         state: Callable[[], Mapping[str, Any]],
         commands: Commands,
+        profiles: port.ProfilePort,
     ) -> None:
         self._metrics = metrics
         self._ready = ready
@@ -69,6 +71,7 @@ class AdminServer:
                 web.get("/ready", self._get_ready),
                 web.get("/health", self._get_health),
                 web.get("/debug/state", self._get_state),
+                web.get(port.PATH, profiles.get),
                 web.post("/explain", self._post_explain),
                 web.post("/homes", self._post_homes),
             ]

@@ -34,6 +34,7 @@ class Credentials:
         """Raises OSError when a file cannot be read, ValueError when certificate and key do not come together."""
         if bool(cert_file) != bool(key_file):
             raise ValueError("tls_cert_file and tls_key_file go together")
+        self.token = token
         self.metadata: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._tls: grpc.ChannelCredentials | None = None
         if ca_file or cert_file:

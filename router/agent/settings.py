@@ -25,6 +25,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     admin_fd: Annotated[int, _help("inherited listening socket of the admin port")] = -1
     admin_host: Annotated[str, _help("address of the admin port when no socket is inherited")] = "127.0.0.1"
     admin_port: Annotated[int, _help("admin port when no socket is inherited")] = 8100
+    debug_profile: Annotated[bool, _help("answer GET /debug/profile on the admin port")] = False
     log_file: Annotated[str, _help("append JSON lines here instead of standard error")] = ""
     log_level: Annotated[str, _help("debug, info, warning or error")] = "info"
 

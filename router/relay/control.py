@@ -1,6 +1,7 @@
 """The relay's end of the control channel to its agent. Optional: a relay without agent serves all the same."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -20,6 +21,8 @@ from router.shm.control import (
     Failed,
     Hello,
     Homes,
+    Recorded,
+    RecordProfile,
     RelayMessage,
     ResolveHomes,
     SetLogLevel,
@@ -27,6 +30,7 @@ from router.shm.control import (
     encode_frame,
     relay_side,
 )
+from twofold.runtime import sampler
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +81,25 @@ class ControlClient:
         decoder = relay_side()
         while data := await reader.read(READ_BYTES):
             for message in decoder.feed(data):
-                writer.write(self._frame(message))
+                if isinstance(message, RecordProfile):
+                    self._context.spawn(self._record(message, writer))
+                else:
+                    writer.write(self._frame(message))
             await writer.drain()
+
+    async def _record(self, message: RecordProfile, writer: asyncio.StreamWriter) -> None:
+        """Profile this process beside its work, then answer if the agent is still there."""
+        profile = None
+        with contextlib.suppress(sampler.BusyError):
+            profile = await sampler.record(
+                f"relay-{self._relay}", seconds=message.seconds, hz=message.hz, clock=message.clock
+            )
+        if writer.is_closing():
+            return
+        try:
+            writer.write(encode_frame(Recorded(id=message.id, profile=profile)))
+        except ControlError:
+            writer.write(encode_frame(Failed(id=message.id, message="the profile is too long")))
 
     def _frame(self, message: AgentMessage) -> bytes:
         try:
@@ -90,7 +111,7 @@ class ControlClient:
             return encode_frame(Failed(id=message.id, message="internal error of the relay"))
 
     def answer(self, message: AgentMessage) -> RelayMessage:
-        """Do what a command asks."""
+        """Do what a command asks, other than RecordProfile, which takes its time."""
         if isinstance(message, ExplainPast):
             return Explained(id=message.id, decisions=self._context.decisions.find(message.request_id))
         if isinstance(message, ExplainRequest):

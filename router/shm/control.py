@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from router.routing.types import Decision
+from twofold.runtime.sampler import Clock, Profile
 
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -133,6 +134,15 @@ class SetLogLevel(msgspec.Struct, frozen=True, kw_only=True, tag="set_log_level"
     level: str
 
 
+class RecordProfile(msgspec.Struct, frozen=True, kw_only=True, tag="record_profile"):
+    """Asks for a profile of the relay; the answer comes after ``seconds``, others may come before it."""
+
+    id: int
+    seconds: float
+    hz: float
+    clock: Clock
+
+
 class Stop(msgspec.Struct, frozen=True, kw_only=True, tag="stop"):
     """Asks for a graceful stop, as SIGTERM does; the launcher starts a new relay."""
 
@@ -162,6 +172,13 @@ class Homes(msgspec.Struct, frozen=True, kw_only=True, tag="homes"):
     homes: tuple[tuple[str, ...], ...] = ()
 
 
+class Recorded(msgspec.Struct, frozen=True, kw_only=True, tag="recorded"):
+    """Answer to RecordProfile; no profile when one was being taken already."""
+
+    id: int
+    profile: Profile | None = None
+
+
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """Answer to commands without a value."""
 
@@ -176,9 +193,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     invalid: bool = False
 
 
-AgentMessage = ExplainPast | ExplainRequest | ResolveHomes | SetLogLevel | Stop
+AgentMessage = ExplainPast | ExplainRequest | ResolveHomes | SetLogLevel | RecordProfile | Stop
 """What the agent sends."""
-RelayMessage = Hello | Explained | Homes | Done | Failed
+RelayMessage = Hello | Explained | Homes | Recorded | Done | Failed
 """What a relay sends."""
 
 M = TypeVar("M")
