@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 
 import grpc
 
@@ -19,8 +19,10 @@ MAX_REPLICAS = 256
 MAX_COMMANDS = 64
 GONE_AFTER_S = 2.0
 ROUND_S = 0.01
-SEND_COST_S = 100e-6
-"""Rounds are spaced so that passing load on to all replicas takes a bounded share of one core."""
+SEND_COST_S = 300e-6
+"""Rounds are spaced so that passing load on, one message to each replica, takes a bounded share of one core."""
+MAX_BATCH_BYTES = 4 << 20
+"""Above this, what is left for a reader follows in another message."""
 
 
 class HubError(Exception):
@@ -44,14 +46,23 @@ class Session:
         self.snapshot_version = 0
         self.ended = asyncio.Event()
         self.wake = asyncio.Event()
+        self.wake.set()
         self.commands: deque[bytes] = deque()
         self.cursors: dict[str, tuple[int, int]] = {}
         """Other replica -> (its stream, the serial of its load that was sent)."""
+        self.turn = 0
+        """Index of the replica to begin with, where a batch was cut short."""
+        self.departures = 0
+        """Departures of replicas known when ``cursors`` was last cleaned."""
         self.failures_sequence = 0
 
 
 class RouterHub:
     """All sessions.
+
+    Load is passed on in rounds: all readers are woken together, and each is sent what the others reported since its
+    last message, as one message joined from pieces that were encoded once. A round follows a tick at once, or after the
+    round before it by a spacing that grows with the number of replicas.
 
     ``on_failures(session, [(ordinal, failures)])`` hears of changed failure counts, ``on_gone(session)`` when a replica
     is away for longer than a grace period. ``epoch()`` is the epoch that ticks must carry.
@@ -74,10 +85,18 @@ class RouterHub:
         self._ids = itertools.count(1)
         self._pending: dict[str, tuple[str, asyncio.Future[router_pb2.CommandResult]]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._order: list[Session] = []
+        """All sessions, for rounds."""
+        self._round: asyncio.TimerHandle | None = None
+        self._last_round_s = 0.0
+        self._departures = 0
         self.demand = DemandBook()
         self.ticks = 0
         self.stale_ticks = 0
         self.sent = 0
+        self.rounds = 0
+        self.merges = 0
+        """Times that a reader was behind by more than one tick of a replica and was sent merged values."""
 
     def connect(self, hello: router_pb2.RouterHello) -> Session:
         """Begin a stream; a stream of the same replica that is still open is ended. Raises HubError."""
@@ -94,6 +113,7 @@ class RouterHub:
             timer.cancel()
         session = Session(hello, next(self._streams))
         self._sessions[hello.replica_id] = session
+        self._order = list(self._sessions.values())
         log.info("router connected", extra={"replica_id": hello.replica_id, "stream": session.stream})
         return session
 
@@ -113,6 +133,8 @@ class RouterHub:
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        if self._round is not None:
+            self._round.cancel()
         for session in self._sessions.values():
             session.ended.set()
             session.wake.set()
@@ -122,9 +144,11 @@ class RouterHub:
         self._timers.pop(replica_id, None)
         if self._sessions.get(replica_id) is session and not session.connected:
             del self._sessions[replica_id]
+            self._order = list(self._sessions.values())
+            self._departures += 1
             log.info("router gone", extra={"replica_id": replica_id})
             self._on_gone(session)
-            self._wake_others(session)
+            self._begin_round()
 
     def tick(self, session: Session, tick: router_pb2.LoadTick) -> None:
         """Take a load tick. Raises LoadError for one that no router would send."""
@@ -136,7 +160,7 @@ class RouterHub:
         failures = session.load.apply(tick)
         if failures:
             self._on_failures(session, failures)
-        self._wake_others(session)
+        self._begin_round()
 
     def result(self, session: Session, result: router_pb2.CommandResult) -> None:
         """Take the answer to a command; answers to forgotten ones are dropped."""
@@ -178,42 +202,65 @@ class RouterHub:
     async def outgoing(self, session: Session) -> AsyncGenerator[bytes, None]:
         """Encoded ReportResponse messages for a replica until its stream ends.
 
-        Per other replica at most one message a round, with the latest values: a slow reader is behind, never a queue.
+        At most one message with loads a round, with the latest values: a slow reader is behind, never a queue.
         """
         while not session.ended.is_set():
+            await session.wake.wait()
             session.wake.clear()
             while session.commands and not session.ended.is_set():
                 yield session.commands.popleft()
-            for message in self._news(session):
+            news = self._news(session)
+            if news and not session.ended.is_set():
                 self.sent += 1
-                yield message
-                if session.ended.is_set():
-                    return
-            if not session.commands and not session.wake.is_set():
-                await session.wake.wait()
-            if not session.commands:
-                await asyncio.sleep(max(ROUND_S, SEND_COST_S * len(self._sessions) ** 2))
+                yield news
 
-    def _news(self, session: Session) -> Iterable[bytes]:
-        own = session.hello.replica_id
-        for replica_id in [replica_id for replica_id in session.cursors if replica_id not in self._sessions]:
-            del session.cursors[replica_id]
-            yield _peer_gone(replica_id)
-        for replica_id, other in list(self._sessions.items()):
-            if replica_id == own or other.load.serial == 0:
+    def _news(self, session: Session) -> bytes:
+        """What the others reported since the last message, b"" for nothing."""
+        parts: list[bytes] = []
+        cursors = session.cursors
+        if session.departures != self._departures:
+            session.departures = self._departures
+            for replica_id in [replica_id for replica_id in cursors if replica_id not in self._sessions]:
+                del cursors[replica_id]
+                parts.append(_gone(replica_id))
+        size = 0
+        order, count = self._order, len(self._order)
+        for step in range(count):
+            other = order[(session.turn + step) % count]
+            load = other.load
+            if other is session or load.serial == 0:
                 continue
-            stream, serial = session.cursors.get(replica_id, (0, 0))
-            if stream and stream != other.stream:
-                yield _peer_gone(replica_id)
+            replica_id = load.replica_id
+            stream, serial = cursors.get(replica_id, _UNKNOWN)
+            if stream != other.stream:
                 serial = 0
-            if serial != other.load.serial:
-                session.cursors[replica_id] = (other.stream, other.load.serial)
-                yield other.load.since(serial)
+            elif serial == load.serial:
+                continue
+            elif serial != load.serial - 1:
+                self.merges += 1
+            if size > MAX_BATCH_BYTES:
+                session.turn = (session.turn + step) % count
+                session.wake.set()
+                break
+            cursors[replica_id] = (other.stream, load.serial)
+            part = load.since(serial)
+            size += len(part)
+            parts.append(part)
+        return b"".join(parts)
 
-    def _wake_others(self, session: Session) -> None:
-        for other in self._sessions.values():
-            if other is not session:
-                other.wake.set()
+    def _begin_round(self) -> None:
+        """Wake all readers, now or when the spacing after the last round is over."""
+        if self._round is None:
+            loop = asyncio.get_running_loop()
+            spacing_s = max(ROUND_S, SEND_COST_S * len(self._order))
+            self._round = loop.call_at(self._last_round_s + spacing_s, self._wake_all)
+
+    def _wake_all(self) -> None:
+        self._round = None
+        self._last_round_s = asyncio.get_running_loop().time()
+        self.rounds += 1
+        for session in self._order:
+            session.wake.set()
 
     def sessions(self) -> list[Session]:
         """All sessions, those of the grace period included, by replica id."""
@@ -244,5 +291,8 @@ class RouterHub:
             session.snapshot_epoch, session.snapshot_version = epoch, version
 
 
-def _peer_gone(replica_id: str) -> bytes:
-    return router_pb2.ReportResponse(peer_gone=router_pb2.PeerGone(replica_id=replica_id)).SerializeToString()
+def _gone(replica_id: str) -> bytes:
+    return router_pb2.ReportResponse(gone=(router_pb2.PeerGone(replica_id=replica_id),)).SerializeToString()
+
+
+_UNKNOWN = (0, 0)

@@ -41,7 +41,8 @@ class ReplicaLoad:
     """Rows of one replica's present stream.
 
     ``since`` answers a reader that has seen everything up to a serial: the last tick as it came, or one tick that
-    merges all it missed, or all rows when it missed too much. Memory is bounded by the number of targets.
+    merges all it missed, or all rows when it has seen nothing or missed too much. Memory is bounded by the number of
+    targets.
     """
 
     def __init__(self, replica_id: str) -> None:
@@ -70,7 +71,7 @@ class ReplicaLoad:
                 raise LoadError(f"load.{name}", f"{len(column)} values for {count} ordinals")
         if count and max(tick.ordinals) >= MAX_ORDINAL:
             raise LoadError("load.ordinals", f"a value above {MAX_ORDINAL}")
-        if any(not math.isfinite(value) or value < 0 for column in columns[2:6] for value in column):
+        if count and not all(math.isfinite(sum(column)) and min(column) >= 0 for column in columns[2:6]):
             raise LoadError("load", "a value that is negative or not finite")
         if tick.sequence <= self.sequence:
             return []
@@ -105,33 +106,45 @@ class ReplicaLoad:
             self.inflight -= self._rows.pop(ordinal).inflight
 
     def since(self, serial: int) -> bytes:
-        """Encoded ReportResponse with what a reader at ``serial`` does not know yet; the same bytes for all readers."""
+        """Encoded ReportResponse with what a reader at ``serial`` (0: nothing) does not know yet.
+
+        The same bytes for all readers at ``serial``. What several replicas have to say can be put together by joining
+        the bytes: repeated fields of encoded messages add up.
+        """
         encoded = self._encoded.get(serial)
         if encoded is None:
-            peer = router_pb2.PeerLoad(replica_id=self.replica_id, load=self._merged(self.serial - serial))
-            encoded = router_pb2.ReportResponse(peer=peer).SerializeToString()
+            missed = self.serial - serial
+            full = serial == 0 or missed > len(self._recent)
+            load = self._all() if full else self._recent[-1][0] if missed == 1 else self._merged(missed)
+            peer = router_pb2.PeerLoad(replica_id=self.replica_id, load=load, full=full)
+            encoded = router_pb2.ReportResponse(peers=(peer,)).SerializeToString()
             self._encoded[serial] = encoded
             while len(self._encoded) > _CACHED_MERGES:
                 self._encoded.popitem(last=False)
         return encoded
 
+    def _all(self) -> router_pb2.LoadTick:
+        tick = self._tick_of(self._rows)
+        if self._recent:
+            tick.prefixes.extend(self._recent[-1][0].prefixes)
+        return tick
+
     def _merged(self, missed: int) -> router_pb2.LoadTick:
-        if missed == 1 and self._recent:
-            return self._recent[-1][0]
-        merged = router_pb2.LoadTick(epoch=self._epoch, sequence=max(0, self.sequence))
-        if missed > len(self._recent):
-            ordinals: Iterable[int] = self._rows
-        else:
-            ticks = list(self._recent)[-missed:]
-            ordinals = sorted({ordinal for _, numbers in ticks for ordinal in numbers})
-            for tick, _ in reversed(ticks):
-                room = MAX_PREFIXES - len(merged.prefixes)
-                merged.prefixes.extend(tick.prefixes[:room])
-        rows = [(ordinal, self._rows[ordinal]) for ordinal in ordinals if ordinal in self._rows]
-        merged.ordinals.extend(ordinal for ordinal, _ in rows)
-        for index, name in enumerate(_COLUMNS):
-            getattr(merged, name).extend(row[index] for _, row in rows)
+        ticks = list(self._recent)[-missed:]
+        merged = self._tick_of(sorted({ordinal for _, numbers in ticks for ordinal in numbers}))
+        for tick, _ in reversed(ticks):
+            room = MAX_PREFIXES - len(merged.prefixes)
+            merged.prefixes.extend(tick.prefixes[:room])
         return merged
+
+    def _tick_of(self, ordinals: Iterable[int]) -> router_pb2.LoadTick:
+        """The present rows of some targets."""
+        tick = router_pb2.LoadTick(epoch=self._epoch, sequence=max(0, self.sequence))
+        rows = [(ordinal, self._rows[ordinal]) for ordinal in ordinals if ordinal in self._rows]
+        tick.ordinals.extend(ordinal for ordinal, _ in rows)
+        for index, name in enumerate(_COLUMNS):
+            getattr(tick, name).extend(row[index] for _, row in rows)
+        return tick
 
 
 _NOTHING = Row(0, 0, 0.0, 0.0, 0.0, 0.0, 0)

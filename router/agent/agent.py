@@ -19,10 +19,10 @@ from router.agent.commands import Commands
 from router.agent.control_server import ControlServer
 from router.agent.demand import DemandMeter
 from router.agent.link import ControlPlaneLink, Credentials
-from router.agent.load import LoadCollector, RemoteLoad, SlotMap
+from router.agent.load import LoadCollector, SlotMap
 from router.agent.processes import process_series, replica_pids
-from router.agent.profiles import ReplicaProfiles
 from router.agent.publisher import Publisher
+from router.agent.remote import RemoteLoad
 from router.agent.reporter import Reporter
 from router.agent.settings import AgentSettings
 from router.agent.slots import SlotTable
@@ -36,7 +36,6 @@ from router.shm.heartbeat import Beat, ProcessState
 from router.shm.layout import region_sizes, regions_of
 from router.shm.replica import AGENT, Region, SharedReplica, agent_socket, writer_name
 from twofold.model.fleet import FleetSnapshot, Slo
-from twofold.runtime.port import ProfilePort
 from twofold.v1 import router_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -93,16 +92,7 @@ class Agent:
             beside=self._reporter.run,
             rng=random.Random(),
         )
-        profiles = ReplicaProfiles(self._control)
-        self._admin = AdminServer(
-            metrics=self._metrics,
-            ready=self.missing,
-            state=self.state,
-            commands=commands,
-            profiles=ProfilePort(
-                profiles.record, profiles.processes, enabled=settings.debug_profile, token=credentials.token
-            ),
-        )
+        self._admin = AdminServer(metrics=self._metrics, ready=self.missing, state=self.state, commands=commands)
 
     def _make_publisher(self, accounts: AccountsReader) -> Publisher:
         settings, replica = self._settings, self._replica
@@ -196,7 +186,7 @@ class Agent:
 
     def _on_published(self, slots: SlotMap, fresh: frozenset[int]) -> None:
         self._slot_map = slots
-        self._remote.clear_slots(fresh, time.monotonic())
+        self._remote.place(slots, fresh, time.monotonic())
 
     def _slos(self) -> Mapping[str, Slo]:
         table = self._publisher.table

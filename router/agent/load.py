@@ -1,27 +1,29 @@
-"""Load of this replica on its way up, and load of the other replicas on its way down into shared memory.
+"""Load of this replica on its way up.
 
-Values are absolute, so a tick that is lost, repeated or coalesced does no harm. What changed goes out with the next
-tick; besides, every slot with load goes out once a second, so that a replica that joined later learns of it.
+Values are absolute. What changed goes out with the next tick; figures that creep without being marked (tokens
+of running streams) go out when they moved far enough, looked at once a second. The control plane keeps what every
+replica reported and begins each stream with all of it, so nothing need be repeated; it is all the same, every 10 s.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from router.routing.accounts import AccountsReader, AccountsWriter, LoadRow
+from router.routing.accounts import AccountsReader, LoadRow
 from router.routing.buffers import RelayRegions
-from router.routing.dirty_log import DirtyLog, DirtyReader
-from router.routing.prefix import split_broadcast
-from router.routing.prefix_table import PrefixWriter, target_salt
+from router.routing.dirty_log import DirtyReader
+from router.routing.prefix_table import target_salt
 from router.routing.sent_prefixes import SentPrefixReader
 from twofold.model.fleet import FleetSnapshot, Target
 
 MAX_SLOTS_PER_TICK = 2048
 MAX_PREFIXES_PER_TICK = 128
-MAX_PEERS = 1024
 TICKS_PER_REFRESH = 50
-FULL_REPORT_S = 2.0
-"""Within this time a replica that was just heard of has reported every slot it has load on."""
+REFRESHES_PER_REPEAT = 10
+KV_DRIFT_SHARE = 1 / 16
+KV_DRIFT_TOKENS = 512.0
+STORED_DRIFT_TOKENS = 4096.0
+"""Smaller changes of a slot's tokens are not worth a row: a price moves by less than a thousandth."""
 
 _NOTHING = LoadRow()
 
@@ -65,7 +67,9 @@ class LoadCollector:
         self._changed: dict[int, None] = {}
         self._last: dict[int, LoadRow] = {}
         self._refresh: list[int] = []
+        self._ticks = 0
         self._first_sender = 0
+        self._map = SlotMap()
 
     @property
     def pending(self) -> int:
@@ -79,6 +83,8 @@ class LoadCollector:
 
     def collect(self, slots: SlotMap) -> Tick:
         """The next tick. Slots that are no target of ``slots`` are dropped."""
+        if slots is not self._map:
+            self._remap(slots)
         self._note_changes()
         rows = []
         taken = 0
@@ -98,6 +104,17 @@ class LoadCollector:
         rows.extend(self._refreshed(slots, {ordinal for ordinal, _ in rows}))
         return Tick(rows=tuple(rows), prefixes=tuple(self._prefixes(slots)))
 
+    def _remap(self, slots: SlotMap) -> None:
+        """Ordinals changed: what was told under the old ones is void."""
+        before, self._map = self._map, slots
+        if slots.epoch != before.epoch:
+            self.restart()
+            return
+        for slot, ordinal in slots.ordinal_of_slot.items():
+            if before.ordinal_of_slot.get(slot) != ordinal:
+                self._last.pop(slot, None)
+                self._changed[slot] = None
+
     def _note_changes(self) -> None:
         for reader in self._dirty:
             while reader.pending:
@@ -108,17 +125,20 @@ class LoadCollector:
                 self._changed.update(dict.fromkeys(changed))
 
     def _refreshed(self, slots: SlotMap, sent: set[int]) -> list[tuple[int, LoadRow]]:
-        if not self._refresh:
+        turn = self._ticks % TICKS_PER_REFRESH
+        if turn == 0:
             self._refresh = list(slots.ordinal_of_slot)
-        share = -(-len(slots.ordinal_of_slot) // TICKS_PER_REFRESH)
-        batch, self._refresh = self._refresh[:share], self._refresh[share:]
+        batch = self._refresh[turn::TICKS_PER_REFRESH]
+        repeat = self._ticks // TICKS_PER_REFRESH % REFRESHES_PER_REPEAT == REFRESHES_PER_REPEAT - 1
+        self._ticks += 1
         rows = []
         for slot in batch:
             ordinal = slots.ordinal_of_slot.get(slot)
             if ordinal is None or ordinal in sent:
                 continue
             row = self._accounts.row(slot)
-            if row != _NOTHING or slot in self._last:
+            last = self._last.get(slot, _NOTHING)
+            if _drifted(last, row) or (repeat and (row.inflight or row.failures)):
                 self._last[slot] = row
                 rows.append((ordinal, row))
         return rows
@@ -138,130 +158,16 @@ class LoadCollector:
         return prefixes
 
 
-class _Peer:
-    """What one other replica said last."""
-
-    __slots__ = ("first_s", "rows", "seen_s")
-
-    def __init__(self, now_s: float) -> None:
-        self.rows: dict[int, LoadRow] = {}
-        self.first_s = now_s
-        self.seen_s = now_s
-
-    def stored_since(self, slot: int, row: LoadRow, now_s: float) -> float:
-        """Tokens it put on the target since its last report of it."""
-        before = self.rows.get(slot)
-        if before is None:
-            # What a replica stored before it was heard of is history; a slot it first uses later is news.
-            return row.stored_tokens if now_s - self.first_s > FULL_REPORT_S else 0.0
-        gain = row.stored_tokens - before.stored_tokens
-        return gain if gain >= 0.0 else row.stored_tokens  # it started again and counts from zero
+def _drifted(told: LoadRow, row: LoadRow) -> bool:
+    """Whether ``row`` differs from what was told by so much that others should know."""
+    if told == row:
+        return False
+    return (
+        abs(row.kv_tokens - told.kv_tokens) > max(KV_DRIFT_TOKENS, KV_DRIFT_SHARE * told.kv_tokens)
+        or abs(row.stored_tokens - told.stored_tokens) > STORED_DRIFT_TOKENS
+        or _exact(row) != _exact(told)
+    )
 
 
-class RemoteLoad:
-    """Writes the sum over the other replicas into the remote region, and the prefixes they sent into its table.
-
-    ``stored_tokens`` is a clock for the ageing of caches: it counts what other replicas stored since they were heard
-    of, and neither jumps nor goes back when replicas or this agent come and go.
-    """
-
-    def __init__(self, remote: RelayRegions, relays: Sequence[RelayRegions], *, peer_timeout_s: float) -> None:
-        self._writer = AccountsWriter(remote.accounts, DirtyLog(remote.dirty))
-        self._prefixes = PrefixWriter(remote.prefixes)
-        self._all = AccountsReader((remote.accounts, *(regions.accounts for regions in relays)))
-        self._remote = AccountsReader((remote.accounts,))
-        self._peer_timeout_s = peer_timeout_s
-        self._peers: dict[str, _Peer] = {}
-        self._stored: dict[int, float] = {}
-        self.dropped_ticks = 0
-
-    @property
-    def peers(self) -> Mapping[str, float]:
-        """Replicas heard of, and when last (CLOCK_MONOTONIC)."""
-        return {name: peer.seen_s for name, peer in self._peers.items()}
-
-    def recover(self, now_s: float) -> None:
-        """Begin after an earlier agent: its peers' work is unknown until they report; what they stored stays."""
-        for slot in range(self._remote.slots):
-            row = self._remote.row(slot)
-            if row != _NOTHING:
-                self._stored[slot] = row.stored_tokens
-                self._write(slot, now_s)
-
-    def receive(self, replica_id: str, epoch: int, tick: Tick, slots: SlotMap, now_s: float) -> None:
-        """Take in a tick of another replica. Ticks of another epoch and unknown ordinals are dropped."""
-        if epoch != slots.epoch:
-            self.dropped_ticks += 1
-            return
-        peer = self._peers.get(replica_id)
-        if peer is None:
-            if len(self._peers) >= MAX_PEERS:
-                self.dropped_ticks += 1
-                return
-            peer = self._peers[replica_id] = _Peer(now_s)
-        peer.seen_s = now_s
-        for ordinal, row in tick.rows:
-            slot = slots.slot_of_ordinal.get(ordinal)
-            if slot is None:
-                continue
-            self._stored[slot] = self._stored.get(slot, 0.0) + peer.stored_since(slot, row, now_s)
-            peer.rows[slot] = row
-            self._write(slot, now_s)
-        self._insert_prefixes(tick.prefixes, slots, now_s)
-
-    def forget_peer(self, replica_id: str, now_s: float) -> None:
-        """A replica left: its work is gone, what it stored stays."""
-        peer = self._peers.pop(replica_id, None)
-        if peer is None:
-            return
-        for slot in peer.rows:
-            self._write(slot, now_s)
-
-    def expire(self, now_s: float) -> list[str]:
-        """Forget replicas that are silent; returns their names."""
-        silent = [name for name, peer in self._peers.items() if now_s - peer.seen_s > self._peer_timeout_s]
-        for name in silent:
-            self.forget_peer(name, now_s)
-        return silent
-
-    def clear_slots(self, slots: Iterable[int], now_s: float) -> None:
-        """Slots that belong to another target now: nothing is known of them."""
-        for slot in slots:
-            self._stored.pop(slot, None)
-            for peer in self._peers.values():
-                peer.rows.pop(slot, None)
-            self._write(slot, now_s)
-
-    def _write(self, slot: int, now_s: float) -> None:
-        inflight = decodes = failures = 0
-        queued_tokens = queued_s = kv_tokens = 0.0
-        for peer in self._peers.values():
-            row = peer.rows.get(slot)
-            if row is None:
-                continue
-            inflight += row.inflight
-            decodes += row.decodes
-            failures += row.failures
-            queued_tokens += row.queued_prefill_tokens
-            queued_s += row.queued_prefill_s
-            kv_tokens += row.kv_tokens
-        total = LoadRow(
-            inflight=inflight,
-            decodes=decodes,
-            queued_prefill_tokens=queued_tokens,
-            queued_prefill_s=queued_s,
-            kv_tokens=kv_tokens,
-            stored_tokens=self._stored.get(slot, 0.0),
-            failures=failures,
-        )
-        self._writer.set_remote(slot, total, now_s)
-
-    def _insert_prefixes(self, prefixes: Iterable[tuple[int, Sequence[int]]], slots: SlotMap, now_s: float) -> None:
-        for ordinal, told in prefixes:
-            slot = slots.slot_of_ordinal.get(ordinal)
-            parts = split_broadcast(told)
-            if slot is None or parts is None:
-                continue
-            hashes, deepest = parts
-            stored = self._all.load(slot).stored_tokens
-            self._prefixes.insert(slots.salt_of_slot[slot], hashes, deepest, stored, now_s)
+def _exact(row: LoadRow) -> tuple[float, ...]:
+    return row.inflight, row.decodes, row.queued_prefill_tokens, row.queued_prefill_s, row.failures

@@ -11,7 +11,8 @@ import grpc
 
 from router.agent.commands import Commands
 from router.agent.link import LinkError, Metadata
-from router.agent.load import LoadCollector, RemoteLoad, SlotMap, Tick
+from router.agent.load import LoadCollector, SlotMap, Tick
+from router.agent.remote import RemoteLoad
 from router.routing.accounts import LoadRow
 from twofold.v1 import router_pb2 as pb
 from twofold.v1 import router_pb2_grpc
@@ -117,12 +118,11 @@ class Reporter:
 
     async def _read(self, call: Any) -> None:
         async for response in call:
-            kind = response.WhichOneof("message")
-            if kind == "peer":
-                self._receive(response.peer)
-            elif kind == "peer_gone":
-                self._remote.forget_peer(response.peer_gone.replica_id, self._monotonic())
-            elif kind == "command":
+            for gone in response.gone:
+                self._remote.forget_peer(gone.replica_id, self._monotonic())
+            for peer in response.peers:
+                self._receive(peer)
+            if response.HasField("command"):
                 self._start_command(response.command)
 
     def _receive(self, peer: pb.PeerLoad) -> None:
@@ -133,7 +133,8 @@ class Reporter:
             log.warning("load of a replica makes no sense", extra={"peer": peer.replica_id[:128]})
             return
         self.ticks_received += 1
-        self._remote.receive(peer.replica_id, peer.load.epoch, tick, self._slots(), self._monotonic())
+        now_s = self._monotonic()
+        self._remote.receive(peer.replica_id, peer.load.epoch, tick, self._slots(), now_s, full=peer.full)
 
     def _start_command(self, command: pb.RouterCommand) -> None:
         async def answer() -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17twofold/v1/router.proto\x12\ntwofold.v1\"\xc1\x01\n\rReportRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.twofold.v1.RouterHelloH\x00\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x14.twofold.v1.LoadTickH\x00\x12(\n\x06\x64\x65mand\x18\x03 \x01(\x0b\x32\x16.twofold.v1.DemandTickH\x00\x12+\n\x06result\x18\x04 \x01(\x0b\x32\x19.twofold.v1.CommandResultH\x00\x42\t\n\x07message\"\x9a\x01\n\x0eReportResponse\x12$\n\x04peer\x18\x01 \x01(\x0b\x32\x14.twofold.v1.PeerLoadH\x00\x12,\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x19.twofold.v1.RouterCommandH\x00\x12)\n\tpeer_gone\x18\x03 \x01(\x0b\x32\x14.twofold.v1.PeerGoneH\x00\x42\t\n\x07message\"\x81\x01\n\x0bRouterHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\radmin_address\x18\x03 \x01(\t\x12\x13\n\x0bserving_url\x18\x04 \x01(\t\x12\x0e\n\x06relays\x18\x05 \x01(\r\x12\x11\n\tstarted_s\x18\x06 \x01(\x01\"\xff\x01\n\x08LoadTick\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08ordinals\x18\x03 \x03(\r\x12\x10\n\x08inflight\x18\x04 \x03(\r\x12\x0f\n\x07\x64\x65\x63odes\x18\x05 \x03(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x03(\x02\x12\x18\n\x10queued_prefill_s\x18\x07 \x03(\x02\x12\x11\n\tkv_tokens\x18\x08 \x03(\x02\x12\x15\n\rstored_tokens\x18\t \x03(\x02\x12\x10\n\x08\x66\x61ilures\x18\n \x03(\r\x12(\n\x08prefixes\x18\x0b \x03(\x0b\x32\x16.twofold.v1.SentPrefix\"-\n\nSentPrefix\x12\x0f\n\x07ordinal\x18\x01 \x01(\r\x12\x0e\n\x06hashes\x18\x02 \x03(\x06\"B\n\x08PeerLoad\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.twofold.v1.LoadTick\"\x1e\n\x08PeerGone\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"G\n\nDemandTick\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\x12%\n\x05pools\x18\x02 \x03(\x0b\x32\x16.twofold.v1.PoolDemand\"\xc5\x01\n\nPoolDemand\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\x12\x15\n\routput_tokens\x18\x05 \x01(\x04\x12\x10\n\x08rejected\x18\x06 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\x04\x12\x17\n\x0fttft_within_slo\x18\x08 \x01(\x04\x12\x17\n\x0ftpot_within_slo\x18\t \x01(\x04\"\xc3\x01\n\rRouterCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12-\n\x07\x65xplain\x18\x03 \x01(\x0b\x32\x1a.twofold.v1.ExplainCommandH\x00\x12)\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x18.twofold.v1.DrainCommandH\x00\x12%\n\x03top\x18\x05 \x01(\x0b\x32\x16.twofold.v1.TopCommandH\x00\x42\t\n\x07\x63ommand\"e\n\x0e\x45xplainCommand\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32\x1f.twofold.v1.HypotheticalRequestH\x00\x42\t\n\x07subject\"\xa0\x01\n\x13HypotheticalRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12=\n\x07headers\x18\x03 \x03(\x0b\x32,.twofold.v1.HypotheticalRequest.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x0c\x44rainCommand\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\"\x0c\n\nTopCommand\"\xa3\x01\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\'\n\tdecisions\x18\x05 \x03(\x0b\x32\x14.twofold.v1.Decision\x12\"\n\x03top\x18\x06 \x01(\x0b\x32\x15.twofold.v1.RouterTop\"\xf5\x02\n\x08\x44\x65\x63ision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\r\n\x05relay\x18\x03 \x01(\r\x12\x0c\n\x04\x61t_s\x18\x04 \x01(\x01\x12\x0c\n\x04pool\x18\x05 \x01(\t\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x11\n\ttarget_id\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x10\n\x08ring_key\x18\t \x01(\t\x12\x11\n\tkey_depth\x18\n \x01(\r\x12\x14\n\x0cring_version\x18\x0b \x01(\t\x12\x15\n\rprompt_tokens\x18\x0c \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\r \x01(\x01\x12\x17\n\x0fobserved_ttft_s\x18\x0e \x01(\x01\x12,\n\x08\x65xamined\x18\x0f \x03(\x0b\x32\x1a.twofold.v1.ExaminedTarget\x12\x16\n\x0esnapshot_epoch\x18\x10 \x01(\x04\x12\x18\n\x10snapshot_version\x18\x11 \x01(\x04\"\xce\x01\n\x0e\x45xaminedTarget\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x12\n\nineligible\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x05 \x01(\r\x12\r\n\x05own_s\x18\x06 \x01(\x01\x12\x17\n\x0fown_reference_s\x18\x07 \x01(\x01\x12\x0e\n\x06wait_s\x18\x08 \x01(\x01\x12\x0f\n\x07price_s\x18\t \x01(\x01\x12\x0e\n\x06\x63hosen\x18\n \x01(\x08\"\xa2\x01\n\tRouterTop\x12\x10\n\x08inflight\x18\x01 \x01(\x04\x12\x16\n\x0erequests_per_s\x18\x02 \x01(\x01\x12\x1b\n\x13output_tokens_per_s\x18\x03 \x01(\x01\x12\x12\n\nttft_p50_s\x18\x04 \x01(\x01\x12\x12\n\nttft_p99_s\x18\x05 \x01(\x01\x12\x11\n\thit_ratio\x18\x06 \x01(\x01\x12\x13\n\x0b\x65rror_ratio\x18\x07 \x01(\x01\x32T\n\rRouterService\x12\x43\n\x06Report\x12\x19.twofold.v1.ReportRequest\x1a\x1a.twofold.v1.ReportResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17twofold/v1/router.proto\x12\ntwofold.v1\"\xc1\x01\n\rReportRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.twofold.v1.RouterHelloH\x00\x12$\n\x04load\x18\x02 \x01(\x0b\x32\x14.twofold.v1.LoadTickH\x00\x12(\n\x06\x64\x65mand\x18\x03 \x01(\x0b\x32\x16.twofold.v1.DemandTickH\x00\x12+\n\x06result\x18\x04 \x01(\x0b\x32\x19.twofold.v1.CommandResultH\x00\x42\t\n\x07message\"\x91\x01\n\x0eReportResponse\x12*\n\x07\x63ommand\x18\x02 \x01(\x0b\x32\x19.twofold.v1.RouterCommand\x12\"\n\x04gone\x18\x04 \x03(\x0b\x32\x14.twofold.v1.PeerGone\x12#\n\x05peers\x18\x05 \x03(\x0b\x32\x14.twofold.v1.PeerLoadJ\x04\x08\x01\x10\x02J\x04\x08\x03\x10\x04\"\x81\x01\n\x0bRouterHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x15\n\radmin_address\x18\x03 \x01(\t\x12\x13\n\x0bserving_url\x18\x04 \x01(\t\x12\x0e\n\x06relays\x18\x05 \x01(\r\x12\x11\n\tstarted_s\x18\x06 \x01(\x01\"\xff\x01\n\x08LoadTick\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x10\n\x08ordinals\x18\x03 \x03(\r\x12\x10\n\x08inflight\x18\x04 \x03(\r\x12\x0f\n\x07\x64\x65\x63odes\x18\x05 \x03(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x06 \x03(\x02\x12\x18\n\x10queued_prefill_s\x18\x07 \x03(\x02\x12\x11\n\tkv_tokens\x18\x08 \x03(\x02\x12\x15\n\rstored_tokens\x18\t \x03(\x02\x12\x10\n\x08\x66\x61ilures\x18\n \x03(\r\x12(\n\x08prefixes\x18\x0b \x03(\x0b\x32\x16.twofold.v1.SentPrefix\"-\n\nSentPrefix\x12\x0f\n\x07ordinal\x18\x01 \x01(\r\x12\x0e\n\x06hashes\x18\x02 \x03(\x06\"P\n\x08PeerLoad\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\"\n\x04load\x18\x02 \x01(\x0b\x32\x14.twofold.v1.LoadTick\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\"\x1e\n\x08PeerGone\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"G\n\nDemandTick\x12\x12\n\ninterval_s\x18\x01 \x01(\x01\x12%\n\x05pools\x18\x02 \x03(\x0b\x32\x16.twofold.v1.PoolDemand\"\xc5\x01\n\nPoolDemand\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\x12\x15\n\routput_tokens\x18\x05 \x01(\x04\x12\x10\n\x08rejected\x18\x06 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x07 \x01(\x04\x12\x17\n\x0fttft_within_slo\x18\x08 \x01(\x04\x12\x17\n\x0ftpot_within_slo\x18\t \x01(\x04\"\xc3\x01\n\rRouterCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12-\n\x07\x65xplain\x18\x03 \x01(\x0b\x32\x1a.twofold.v1.ExplainCommandH\x00\x12)\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x18.twofold.v1.DrainCommandH\x00\x12%\n\x03top\x18\x05 \x01(\x0b\x32\x16.twofold.v1.TopCommandH\x00\x42\t\n\x07\x63ommand\"e\n\x0e\x45xplainCommand\x12\x14\n\nrequest_id\x18\x01 \x01(\tH\x00\x12\x32\n\x07request\x18\x02 \x01(\x0b\x32\x1f.twofold.v1.HypotheticalRequestH\x00\x42\t\n\x07subject\"\xa0\x01\n\x13HypotheticalRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\x12=\n\x07headers\x18\x03 \x03(\x0b\x32,.twofold.v1.HypotheticalRequest.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\x0c\x44rainCommand\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\"\x0c\n\nTopCommand\"\xa3\x01\n\rCommandResult\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\'\n\tdecisions\x18\x05 \x03(\x0b\x32\x14.twofold.v1.Decision\x12\"\n\x03top\x18\x06 \x01(\x0b\x32\x15.twofold.v1.RouterTop\"\xf5\x02\n\x08\x44\x65\x63ision\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nreplica_id\x18\x02 \x01(\t\x12\r\n\x05relay\x18\x03 \x01(\r\x12\x0c\n\x04\x61t_s\x18\x04 \x01(\x01\x12\x0c\n\x04pool\x18\x05 \x01(\t\x12\x0e\n\x06policy\x18\x06 \x01(\t\x12\x11\n\ttarget_id\x18\x07 \x01(\t\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x10\n\x08ring_key\x18\t \x01(\t\x12\x11\n\tkey_depth\x18\n \x01(\r\x12\x14\n\x0cring_version\x18\x0b \x01(\t\x12\x15\n\rprompt_tokens\x18\x0c \x01(\r\x12\x18\n\x10predicted_ttft_s\x18\r \x01(\x01\x12\x17\n\x0fobserved_ttft_s\x18\x0e \x01(\x01\x12,\n\x08\x65xamined\x18\x0f \x03(\x0b\x32\x1a.twofold.v1.ExaminedTarget\x12\x16\n\x0esnapshot_epoch\x18\x10 \x01(\x04\x12\x18\n\x10snapshot_version\x18\x11 \x01(\x04\"\xce\x01\n\x0e\x45xaminedTarget\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x12\n\nineligible\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x17\n\x0funcached_tokens\x18\x05 \x01(\r\x12\r\n\x05own_s\x18\x06 \x01(\x01\x12\x17\n\x0fown_reference_s\x18\x07 \x01(\x01\x12\x0e\n\x06wait_s\x18\x08 \x01(\x01\x12\x0f\n\x07price_s\x18\t \x01(\x01\x12\x0e\n\x06\x63hosen\x18\n \x01(\x08\"\xa2\x01\n\tRouterTop\x12\x10\n\x08inflight\x18\x01 \x01(\x04\x12\x16\n\x0erequests_per_s\x18\x02 \x01(\x01\x12\x1b\n\x13output_tokens_per_s\x18\x03 \x01(\x01\x12\x12\n\nttft_p50_s\x18\x04 \x01(\x01\x12\x12\n\nttft_p99_s\x18\x05 \x01(\x01\x12\x11\n\thit_ratio\x18\x06 \x01(\x01\x12\x13\n\x0b\x65rror_ratio\x18\x07 \x01(\x01\x32T\n\rRouterService\x12\x43\n\x06Report\x12\x19.twofold.v1.ReportRequest\x1a\x1a.twofold.v1.ReportResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,41 +36,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTREQUEST']._serialized_start=40
   _globals['_REPORTREQUEST']._serialized_end=233
   _globals['_REPORTRESPONSE']._serialized_start=236
-  _globals['_REPORTRESPONSE']._serialized_end=390
-  _globals['_ROUTERHELLO']._serialized_start=393
-  _globals['_ROUTERHELLO']._serialized_end=522
-  _globals['_LOADTICK']._serialized_start=525
-  _globals['_LOADTICK']._serialized_end=780
-  _globals['_SENTPREFIX']._serialized_start=782
-  _globals['_SENTPREFIX']._serialized_end=827
-  _globals['_PEERLOAD']._serialized_start=829
-  _globals['_PEERLOAD']._serialized_end=895
-  _globals['_PEERGONE']._serialized_start=897
-  _globals['_PEERGONE']._serialized_end=927
-  _globals['_DEMANDTICK']._serialized_start=929
-  _globals['_DEMANDTICK']._serialized_end=1000
-  _globals['_POOLDEMAND']._serialized_start=1003
-  _globals['_POOLDEMAND']._serialized_end=1200
-  _globals['_ROUTERCOMMAND']._serialized_start=1203
-  _globals['_ROUTERCOMMAND']._serialized_end=1398
-  _globals['_EXPLAINCOMMAND']._serialized_start=1400
-  _globals['_EXPLAINCOMMAND']._serialized_end=1501
-  _globals['_HYPOTHETICALREQUEST']._serialized_start=1504
-  _globals['_HYPOTHETICALREQUEST']._serialized_end=1664
-  _globals['_HYPOTHETICALREQUEST_HEADERSENTRY']._serialized_start=1618
-  _globals['_HYPOTHETICALREQUEST_HEADERSENTRY']._serialized_end=1664
-  _globals['_DRAINCOMMAND']._serialized_start=1666
-  _globals['_DRAINCOMMAND']._serialized_end=1719
-  _globals['_TOPCOMMAND']._serialized_start=1721
-  _globals['_TOPCOMMAND']._serialized_end=1733
-  _globals['_COMMANDRESULT']._serialized_start=1736
-  _globals['_COMMANDRESULT']._serialized_end=1899
-  _globals['_DECISION']._serialized_start=1902
-  _globals['_DECISION']._serialized_end=2275
-  _globals['_EXAMINEDTARGET']._serialized_start=2278
-  _globals['_EXAMINEDTARGET']._serialized_end=2484
-  _globals['_ROUTERTOP']._serialized_start=2487
-  _globals['_ROUTERTOP']._serialized_end=2649
-  _globals['_ROUTERSERVICE']._serialized_start=2651
-  _globals['_ROUTERSERVICE']._serialized_end=2735
+  _globals['_REPORTRESPONSE']._serialized_end=381
+  _globals['_ROUTERHELLO']._serialized_start=384
+  _globals['_ROUTERHELLO']._serialized_end=513
+  _globals['_LOADTICK']._serialized_start=516
+  _globals['_LOADTICK']._serialized_end=771
+  _globals['_SENTPREFIX']._serialized_start=773
+  _globals['_SENTPREFIX']._serialized_end=818
+  _globals['_PEERLOAD']._serialized_start=820
+  _globals['_PEERLOAD']._serialized_end=900
+  _globals['_PEERGONE']._serialized_start=902
+  _globals['_PEERGONE']._serialized_end=932
+  _globals['_DEMANDTICK']._serialized_start=934
+  _globals['_DEMANDTICK']._serialized_end=1005
+  _globals['_POOLDEMAND']._serialized_start=1008
+  _globals['_POOLDEMAND']._serialized_end=1205
+  _globals['_ROUTERCOMMAND']._serialized_start=1208
+  _globals['_ROUTERCOMMAND']._serialized_end=1403
+  _globals['_EXPLAINCOMMAND']._serialized_start=1405
+  _globals['_EXPLAINCOMMAND']._serialized_end=1506
+  _globals['_HYPOTHETICALREQUEST']._serialized_start=1509
+  _globals['_HYPOTHETICALREQUEST']._serialized_end=1669
+  _globals['_HYPOTHETICALREQUEST_HEADERSENTRY']._serialized_start=1623
+  _globals['_HYPOTHETICALREQUEST_HEADERSENTRY']._serialized_end=1669
+  _globals['_DRAINCOMMAND']._serialized_start=1671
+  _globals['_DRAINCOMMAND']._serialized_end=1724
+  _globals['_TOPCOMMAND']._serialized_start=1726
+  _globals['_TOPCOMMAND']._serialized_end=1738
+  _globals['_COMMANDRESULT']._serialized_start=1741
+  _globals['_COMMANDRESULT']._serialized_end=1904
+  _globals['_DECISION']._serialized_start=1907
+  _globals['_DECISION']._serialized_end=2280
+  _globals['_EXAMINEDTARGET']._serialized_start=2283
+  _globals['_EXAMINEDTARGET']._serialized_end=2489
+  _globals['_ROUTERTOP']._serialized_start=2492
+  _globals['_ROUTERTOP']._serialized_end=2654
+  _globals['_ROUTERSERVICE']._serialized_start=2656
+  _globals['_ROUTERSERVICE']._serialized_end=2740
 # @@protoc_insertion_point(module_scope)

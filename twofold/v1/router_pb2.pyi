@@ -64,39 +64,37 @@ Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
 
 @_typing.final
 class ReportResponse(_message.Message):
-    """To a replica."""
+    """To a replica. News of all other replicas come together, at most every 10 ms; a reader that is behind gets merged values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PEER_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
-    PEER_GONE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def peer(self) -> Global___PeerLoad:
-        """Load of another replica, passed on as it came. Coalesced: one per replica and send."""
-
+    GONE_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def command(self) -> Global___RouterCommand:
         """Something to do."""
 
     @_builtins.property
-    def peer_gone(self) -> Global___PeerGone:
-        """A replica left: forget its load."""
+    def gone(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerGone]:
+        """Replicas that left: forget their load. Applied before `peers`."""
+
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerLoad]:
+        """Load of other replicas, at most one entry for each."""
 
     def __init__(
         self,
         *,
-        peer: Global___PeerLoad | None = ...,
         command: Global___RouterCommand | None = ...,
-        peer_gone: Global___PeerGone | None = ...,
+        gone: _abc.Iterable[Global___PeerGone] | None = ...,
+        peers: _abc.Iterable[Global___PeerLoad] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "message", b"message", "peer", b"peer", "peer_gone", b"peer_gone"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "message", b"message", "peer", b"peer", "peer_gone", b"peer_gone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "gone", b"gone", "peers", b"peers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["peer", "command", "peer_gone"]  # noqa: Y015
-    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportResponse: _TypeAlias = ReportResponse  # noqa: Y015
 
@@ -254,27 +252,33 @@ Global___SentPrefix: _TypeAlias = SentPrefix  # noqa: Y015
 
 @_typing.final
 class PeerLoad(_message.Message):
-    """A tick of another replica."""
+    """News of another replica."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The replica it comes from."""
+    full: _builtins.bool
+    """These are all its rows: targets that are not named have none. Set on the first message about a replica, after it
+    connected anew, and when the reader missed too much.
+    """
     @_builtins.property
     def load(self) -> Global___LoadTick:
-        """The tick."""
+        """Its last tick, or all ticks since the last message as one."""
 
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         load: Global___LoadTick | None = ...,
+        full: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "load", b"load", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -97,6 +97,7 @@ class FakeControlPlane(fleet_pb2_grpc.FleetServiceServicer, router_pb2_grpc.Rout
         self.hellos: dict[str, router_pb2.RouterHello] = {}
         self.loads: dict[str, dict[int, dict[str, float]]] = {}
         self.ticks: list[tuple[str, router_pb2.LoadTick]] = []
+        self._standing: dict[str, router_pb2.PeerLoad] = {}
         self.prefixes: list[tuple[str, int, list[int]]] = []
         self.demand: list[router_pb2.DemandTick] = []
         self.results: dict[str, router_pb2.CommandResult] = {}
@@ -154,6 +155,9 @@ class FakeControlPlane(fleet_pb2_grpc.FleetServiceServicer, router_pb2_grpc.Rout
         await self._check(context)
         hello = (await anext(aiter(requests))).hello
         out: asyncio.Queue[router_pb2.ReportResponse] = asyncio.Queue()
+        known = [peer for name, peer in self._standing.items() if name != hello.replica_id]
+        out.put_nowait(router_pb2.ReportResponse(peers=known))
+        self._standing[hello.replica_id] = router_pb2.PeerLoad(replica_id=hello.replica_id, full=True)
         self._commands[hello.replica_id] = out
         self.hellos[hello.replica_id] = hello
         reader = asyncio.create_task(self._read(hello.replica_id, requests))
@@ -178,11 +182,15 @@ class FakeControlPlane(fleet_pb2_grpc.FleetServiceServicer, router_pb2_grpc.Rout
         rows = self.loads.setdefault(replica_id, {})
         for index, ordinal in enumerate(load.ordinals):
             rows[ordinal] = {"inflight": load.inflight[index], "stored": load.stored_tokens[index]}
+        standing = self._standing[replica_id].load
+        # Later rows of an ordinal count, so that all ticks one after the other are the state.
+        standing.MergeFrom(load)
+        standing.epoch = load.epoch
         self.prefixes += [(replica_id, prefix.ordinal, list(prefix.hashes)) for prefix in load.prefixes]
         for other, queue in self._commands.items():
             if other != replica_id:
                 peer = router_pb2.PeerLoad(replica_id=replica_id, load=load)
-                queue.put_nowait(router_pb2.ReportResponse(peer=peer))
+                queue.put_nowait(router_pb2.ReportResponse(peers=[peer]))
 
 
 class FakeWorker:

@@ -242,16 +242,16 @@ async def test_senseless_ticks_of_peers_do_no_harm(
         ):
             tick = router_pb2.LoadTick(**{"epoch": 1, **good, **changes})
             peer = router_pb2.PeerLoad(replica_id="x", load=tick)
-            control_plane.tell("r0", router_pb2.ReportResponse(peer=peer))
+            control_plane.tell("r0", router_pb2.ReportResponse(peers=[peer]))
         odd = {**good, "queued_prefill_s": [float("nan")], "kv_tokens": [float("inf")], "decodes": [400]}
         tick = router_pb2.LoadTick(epoch=1, **odd, prefixes=[router_pb2.SentPrefix(ordinal=0, hashes=[1])])
-        control_plane.tell("r0", router_pb2.ReportResponse(peer=router_pb2.PeerLoad(replica_id="x", load=tick)))
+        control_plane.tell("r0", router_pb2.ReportResponse(peers=[router_pb2.PeerLoad(replica_id="x", load=tick)]))
         slot = published(shared).slots["t-0"]
         await until(lambda: remote.row(slot).inflight == 4, "the last tick is taken")
         row = remote.row(slot)
         assert (row.decodes, row.queued_prefill_s, row.kv_tokens) == (4, 0.0, 0.0)
         assert sum(remote.row(other).inflight for other in range(64)) == 4
-        control_plane.tell("r0", router_pb2.ReportResponse(peer_gone=router_pb2.PeerGone(replica_id="x")))
+        control_plane.tell("r0", router_pb2.ReportResponse(gone=[router_pb2.PeerGone(replica_id="x")]))
         await until(lambda: remote.row(slot).inflight == 0, "a replica that left is forgotten")
         shared.close()
 

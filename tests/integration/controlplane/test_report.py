@@ -45,16 +45,15 @@ class Replica:
     async def _read(self) -> None:
         async for message in self.call:
             self.messages += 1
-            kind = message.WhichOneof("message")
-            if kind == "peer":
-                load = message.peer.load
-                rows = self.peers.setdefault(message.peer.replica_id, {})
-                rows.update(zip(load.ordinals, load.inflight, strict=True))
-                self.prefixes += load.prefixes
-            elif kind == "peer_gone":
-                self.gone.append(message.peer_gone.replica_id)
-                self.peers.pop(message.peer_gone.replica_id, None)
-            elif kind == "command" and not self.mute:
+            for gone in message.gone:
+                self.gone.append(gone.replica_id)
+                self.peers.pop(gone.replica_id, None)
+            for peer in message.peers:
+                rows = {} if peer.full else self.peers.setdefault(peer.replica_id, {})
+                rows.update(zip(peer.load.ordinals, peer.load.inflight, strict=True))
+                self.peers[peer.replica_id] = rows
+                self.prefixes += peer.load.prefixes
+            if message.HasField("command") and not self.mute:
                 self._answer(message.command)
             await self.reading.wait()
 

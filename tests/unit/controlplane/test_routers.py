@@ -29,7 +29,7 @@ def known(messages: list[bytes]) -> dict[int, tuple[float, ...]]:
     """What a reader knows after PeerLoad messages."""
     rows: dict[int, tuple[float, ...]] = {}
     for message in messages:
-        load = router_pb2.ReportResponse.FromString(message).peer.load
+        load = router_pb2.ReportResponse.FromString(message).peers[0].load
         for index, ordinal in enumerate(load.ordinals):
             rows[ordinal] = tuple(getattr(load, name)[index] for name in (*FLOATS, *COUNTS))
     return rows
@@ -61,7 +61,7 @@ def test_the_last_tick_goes_on_as_it_came_and_is_encoded_once() -> None:
     sent.prefixes.add(ordinal=1, hashes=[7, 8])
     load.apply(sent)
     message = router_pb2.ReportResponse.FromString(load.since(0))
-    assert (message.peer.replica_id, message.peer.load) == ("r1", sent)
+    assert (message.peers[0].replica_id, message.peers[0].load) == ("r1", sent)
     assert load.since(0) is load.since(0)
 
 
