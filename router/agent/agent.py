@@ -21,6 +21,7 @@ from router.agent.demand import DemandMeter
 from router.agent.link import ControlPlaneLink, Credentials
 from router.agent.load import LoadCollector, SlotMap
 from router.agent.processes import process_series, replica_pids
+from router.agent.profiles import ReplicaProfiles
 from router.agent.publisher import Publisher
 from router.agent.remote import RemoteLoad
 from router.agent.reporter import Reporter
@@ -36,6 +37,7 @@ from router.shm.heartbeat import Beat, ProcessState
 from router.shm.layout import region_sizes, regions_of
 from router.shm.replica import AGENT, Region, SharedReplica, agent_socket, writer_name
 from twofold.model.fleet import FleetSnapshot, Slo
+from twofold.runtime.port import ProfilePort
 from twofold.v1 import router_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,16 @@ class Agent:
             beside=self._reporter.run,
             rng=random.Random(),
         )
-        self._admin = AdminServer(metrics=self._metrics, ready=self.missing, state=self.state, commands=commands)
+        profiles = ReplicaProfiles(self._control)
+        self._admin = AdminServer(
+            metrics=self._metrics,
+            ready=self.missing,
+            state=self.state,
+            commands=commands,
+            profiles=ProfilePort(
+                profiles.record, profiles.processes, enabled=settings.debug_profile, token=credentials.token
+            ),
+        )
 
     def _make_publisher(self, accounts: AccountsReader) -> Publisher:
         settings, replica = self._settings, self._replica
