@@ -23,7 +23,8 @@ import xxhash
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _PIECE = re.compile(rb" ?[a-z]{1,3}|[\x00-\xff]")
 _OUTPUT_CHARS = 4
-_OUTPUT_WORDS = 26**3
+OUTPUT_WORDS: int = 26**3
+"""How many different words the chain has."""
 _MEAN_NATURAL_LENGTH = 200
 
 
@@ -119,28 +120,32 @@ def _canonical(value: Any) -> str:
 
 
 class TokenChain:
-    """The output tokens of one prompt, one at a time: O(1) work and memory per token."""
+    """The output tokens of one prompt, one at a time: O(1) work and memory per token.
+
+    ``choice``: which of the ``n`` completions of the prompt; each has a chain of its own, the hash of the same ids
+    under that seed. Choice 0 is the plain chain, hence the one that a continuation follows.
+    """
 
     __slots__ = ("_hasher", "produced")
 
-    def __init__(self, prompt_ids: Sequence[int]) -> None:
-        self._hasher = xxhash.xxh3_64(pack_ids(prompt_ids))
+    def __init__(self, prompt_ids: Sequence[int], choice: int = 0) -> None:
+        self._hasher = xxhash.xxh3_64(pack_ids(prompt_ids), seed=choice)
         self.produced = 0
 
     def peek(self) -> int:
         """The id that ``next`` will return."""
-        return FIRST_OUTPUT_ID + self._hasher.intdigest() % _OUTPUT_WORDS
+        return FIRST_OUTPUT_ID + self._hasher.intdigest() % OUTPUT_WORDS
 
     def next(self) -> int:
         """Produce the next id."""
-        token = FIRST_OUTPUT_ID + self._hasher.intdigest() % _OUTPUT_WORDS
+        token = FIRST_OUTPUT_ID + self._hasher.intdigest() % OUTPUT_WORDS
         self._hasher.update(token.to_bytes(4, "little"))
         self.produced += 1
         return token
 
     def ends_here(self) -> bool:
         """Whether a request without a length limit ends at this point of the chain (about every 200th point)."""
-        return self._hasher.intdigest() // _OUTPUT_WORDS % _MEAN_NATURAL_LENGTH == 0
+        return self._hasher.intdigest() // OUTPUT_WORDS % _MEAN_NATURAL_LENGTH == 0
 
 
 class ChainViolation(Exception):
@@ -157,13 +162,14 @@ class ChainChecker:
     """Checks the output of one request against its chain.
 
     Feed it text deltas, or id lists, in order. The first wrong token is kept in ``violation``; from there on tokens are
-    counted in ``delivered`` but no longer in ``verified``. Text is counted in units of four characters.
+    counted in ``delivered`` but no longer in ``verified``. Text is counted in units of four characters. ``choice`` is
+    the index of the choice among the ``n`` of its prompt.
     """
 
     __slots__ = ("_chain", "_rest", "delivered", "verified", "violation")
 
-    def __init__(self, prompt_ids: Sequence[int]) -> None:
-        self._chain = TokenChain(prompt_ids)
+    def __init__(self, prompt_ids: Sequence[int], choice: int = 0) -> None:
+        self._chain = TokenChain(prompt_ids, choice)
         self._rest = ""
         self.delivered = 0
         self.verified = 0

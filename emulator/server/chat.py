@@ -14,18 +14,17 @@ from emulator.server.generation import (
     usage_numbers,
 )
 from emulator.server.http import Exchange
+from emulator.server.logprobs import chat_shape, prompt_entries, prompt_shape
+from emulator.server.sampling import build_call
 from emulator.server.settings import EngineSettings
+from emulator.server.tools import ToolStream, check_tool_choice, finish_reason, new_call_id, plan_tool
 from emulator.server.validation import (
     CHAT_FIELDS,
-    MAX_LOGPROBS,
     Body,
-    check_sampling,
+    check_logprob_fields,
     convert_fields,
-    default,
     finding,
     output_limit,
-    stop_strings,
-    stop_token_ids,
     stream_options,
 )
 from emulator.tokens import END_ID, chat_prompt_ids, token_bytes
@@ -35,6 +34,9 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinki
 
 def validate(body: Body) -> None:
     """The checks before the model is looked up. Raises ApiError."""
+    check_logprob_fields(body, "top_logprobs")
+    if body.get("top_logprobs") and not body.get("logprobs"):
+        raise parameter_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
     findings = convert_fields(body, CHAT_FIELDS)
     messages = body.get("messages")
     if messages is None:
@@ -44,11 +46,7 @@ def validate(body: Body) -> None:
     if findings:
         raise validation_error(findings)
     stream_options(body)
-    top_logprobs = body.get("top_logprobs")
-    if top_logprobs is not None and not body.get("logprobs"):
-        raise parameter_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
-    if body.get("tool_choice") not in (None, "none") and not body.get("tools"):
-        raise parameter_error("When using `tool_choice`, `tools` must be set.", "tool_choice")
+    check_tool_choice(body)
 
 
 def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
@@ -58,34 +56,30 @@ def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
     if requested is None:
         requested = body.get("max_tokens")
     limit = output_limit(requested, len(prompt), settings.max_model_len)
-    top_logprobs = body.get("top_logprobs") or 0
-    if top_logprobs > MAX_LOGPROBS:
-        raise parameter_error(
-            f"Requested sample logprobs of {top_logprobs}, which is greater than max allowed: {MAX_LOGPROBS}",
-            "logprobs",
-            top_logprobs,
-        )
-    check_sampling(body, limit)
-    include_usage, continuous_usage = stream_options(body)
-    return Call(
-        prompts=[prompt],
-        max_tokens=[limit],
-        n=body.get("n") or 1,
-        stream=bool(body.get("stream")),
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-        return_token_ids=bool(body.get("return_token_ids")),
-        stop=stop_strings(body),
-        include_stop=bool(body.get("include_stop_str_in_output")),
-        stop_token_ids=stop_token_ids(body),
-        min_tokens=body.get("min_tokens") or 0,
-        ignore_eos=bool(body.get("ignore_eos")),
+    best = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
+    echo, prompt_best = bool(body.get("echo")), body.get("prompt_logprobs")
+    return build_call(
+        body,
+        [prompt],
+        [limit],
         natural_end=requested is None,
         priority=priority,
-        cache_salt=body.get("cache_salt") or "",
-        temperature=default(body.get("temperature"), 1.0),
-        top_p=default(body.get("top_p"), 1.0),
+        best=best,
+        prompt_best=(body.get("top_logprobs") or 0) if echo and prompt_best is None else prompt_best,
+        echo_text=_echo_text(body) if echo else "",
+        tool=plan_tool(body, prompt, settings),
     )
+
+
+def _echo_text(body: Body) -> str:
+    """What echo puts before the answer: the content of a last message by the assistant."""
+    last = body["messages"][-1]
+    if body.get("add_generation_prompt", True) is not False and last.get("role") != "assistant":
+        return ""
+    content = last.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content or ""
 
 
 def prompt_ids(body: Body, model: str) -> list[int]:
@@ -121,7 +115,8 @@ class ChatGeneration(Generation):
     def __init__(self, exchange: Exchange, *args: Any, **kwargs: Any) -> None:
         super().__init__(exchange, *args, **kwargs)
         call = self.call
-        self.fast = call.stream and not (call.stop or call.return_token_ids or call.continuous_usage)
+        self.fast = call.stream and call.plain
+        self._tools: dict[int, ToolStream] = {}
         self._prefix = (
             f'{{"id":{dumps(self.response_id).decode()},"object":"chat.completion.chunk","created":{self.created_s},'
             f'"model":{dumps(self.model).decode()},"choices":[{{"index":'
@@ -152,12 +147,13 @@ class ChatGeneration(Generation):
             self._send_roles()
         choice.opened = True
         finished = choice.finish_reason is not None
-        if not delta and not finished and not call.return_token_ids:
+        shown = self._delta(choice, delta)
+        if not shown and not finished and not call.return_token_ids and call.logprobs is None:
             return
         choice_json: dict[str, Any] = {
-            "delta": {"content": delta} if delta else {},
-            "logprobs": None,
-            "finish_reason": choice.finish_reason,
+            "delta": shown,
+            "logprobs": self._logprobs(choice),
+            "finish_reason": finish_reason(call.tool, choice.finish_reason),
         }
         if finished:
             choice_json["stop_reason"] = choice.stop_reason
@@ -168,6 +164,17 @@ class ChatGeneration(Generation):
             event += b',"system_fingerprint":"%s"' % FINGERPRINT.encode()
         self.send_event(event + b"}")
 
+    def _delta(self, choice: Choice, text: str) -> dict[str, Any]:
+        plan = self.call.tool
+        if plan is None:
+            return {"content": text} if text else {}
+        calls = self._tools.setdefault(choice.index, ToolStream(plan)).take(text)
+        return {"content": None, "tool_calls": calls} if calls else {}
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        best = self.call.logprobs
+        return None if best is None else chat_shape(choice.entries, best, as_ids=self.call.tokens_as_ids)
+
     def _send_roles(self) -> None:
         self._roles_sent = True
         prompt = dumps(self.call.prompts[0]) if self.call.return_token_ids else b"null"
@@ -175,6 +182,11 @@ class ChatGeneration(Generation):
             event = self._prefix + b'%d,"delta":{"role":"assistant","content":""},' % choice.index
             event += b'"logprobs":null,"finish_reason":null}]' + self._continuous(choice, opening=True)
             self.send_event(event + b',"prompt_token_ids":%s,"prompt_text":null}' % prompt)
+        if self.call.echo_text:
+            content = dumps(self.call.echo_text)
+            for choice in self.choices:
+                event = self._prefix + b'%d,"delta":{"content":%s},"logprobs":null,' % (choice.index, content)
+                self.send_event(event + b'"finish_reason":null}]' + self._continuous(choice, opening=True) + b"}")
 
     def _continuous(self, choice: Choice, *, opening: bool = False) -> bytes:
         if not self.call.continuous_usage:
@@ -201,17 +213,9 @@ class ChatGeneration(Generation):
         choices = [
             {
                 "index": choice.index,
-                "message": {
-                    "role": "assistant",
-                    "content": choice.text,
-                    "refusal": None,
-                    "annotations": None,
-                    "audio": None,
-                    "function_call": None,
-                    "reasoning": None,
-                },
-                "logprobs": None,
-                "finish_reason": choice.finish_reason,
+                "message": self._message(choice),
+                "logprobs": self._logprobs(choice),
+                "finish_reason": finish_reason(call.tool, choice.finish_reason),
                 "stop_reason": choice.stop_reason,
                 "token_ids": choice.token_ids if call.return_token_ids else None,
                 "routed_experts": None,
@@ -228,11 +232,32 @@ class ChatGeneration(Generation):
                 "service_tier": None,
                 "system_fingerprint": FINGERPRINT,
                 "usage": whole_usage(self, created_cache_tokens=0),
-                "prompt_logprobs": None,
+                "prompt_logprobs": self._prompt_logprobs(),
                 "prompt_token_ids": call.prompts[0] if call.return_token_ids else None,
                 "prompt_text": None,
-                "kv_transfer_params": None,
+                "kv_transfer_params": self.kv_transfer_params(),
                 "ec_transfer_params": None,
                 "metrics": None,
             }
         )
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        plan = self.call.tool
+        made = plan is not None and choice.finish_reason == "stop"
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.call.echo_text + ("" if made else choice.text),
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+        }
+        if plan is not None and made:
+            function = {"name": plan.name, "arguments": plan.arguments}
+            message["tool_calls"] = [{"id": new_call_id(), "type": "function", "function": function}]
+        message["reasoning"] = None
+        return message
+
+    def _prompt_logprobs(self) -> list[dict[str, Any] | None] | None:
+        best = self.call.prompt_logprobs
+        return None if best is None else prompt_shape(prompt_entries(self.call.prompts[0], best))

@@ -13,17 +13,15 @@ from emulator.server.generation import (
     usage_numbers,
 )
 from emulator.server.http import Exchange
+from emulator.server.logprobs import Entry, completion_shape, prompt_entries, prompt_shape
+from emulator.server.sampling import build_call
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import (
     COMPLETION_FIELDS,
-    MAX_LOGPROBS,
     Body,
-    check_sampling,
+    check_logprob_fields,
     convert_fields,
-    default,
     output_limit,
-    stop_strings,
-    stop_token_ids,
     stream_options,
 )
 from emulator.tokens import VOCABULARY_SIZE, decode, encode, token_bytes
@@ -33,6 +31,7 @@ DEFAULT_MAX_TOKENS = 16
 
 def validate(body: Body) -> None:
     """The checks before the model is looked up. Raises ApiError."""
+    check_logprob_fields(body, "logprobs")
     findings = convert_fields(body, COMPLETION_FIELDS)
     if findings:
         raise validation_error(findings)
@@ -40,8 +39,6 @@ def validate(body: Body) -> None:
     prompt = body.get("prompt")
     if prompt is None or prompt == "":
         raise parameter_error("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
-    if body.get("prompt_logprobs") is not None and body.get("stream"):
-        raise parameter_error("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
 
 
 def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
@@ -55,34 +52,16 @@ def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
     limits = [output_limit(requested, len(prompt), settings.max_model_len) for prompt in prompts]
     if echo and requested == 0:
         limits = [1] * len(prompts)
-    logprobs = body.get("logprobs")
-    if logprobs is not None and logprobs > MAX_LOGPROBS:
-        raise parameter_error(
-            f"Requested sample logprobs of {logprobs}, which is greater than max allowed: {MAX_LOGPROBS}",
-            "logprobs",
-            logprobs,
-        )
-    check_sampling(body, min(limits))
-    include_usage, continuous_usage = stream_options(body)
-    return Call(
-        prompts=prompts,
-        max_tokens=limits,
-        n=body.get("n") or 1,
-        stream=bool(body.get("stream")),
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-        return_token_ids=bool(body.get("return_token_ids")),
-        echo=echo,
-        stop=stop_strings(body),
-        include_stop=bool(body.get("include_stop_str_in_output")),
-        stop_token_ids=stop_token_ids(body),
-        min_tokens=body.get("min_tokens") or 0,
-        ignore_eos=bool(body.get("ignore_eos")),
+    best, prompt_best = body.get("logprobs"), body.get("prompt_logprobs")
+    return build_call(
+        body,
+        prompts,
+        limits,
         natural_end=requested is None,
         priority=priority,
-        cache_salt=body.get("cache_salt") or "",
-        temperature=default(body.get("temperature"), 1.0),
-        top_p=default(body.get("top_p"), 1.0),
+        best=best,
+        prompt_best=best if echo and prompt_best is None else prompt_best,
+        echo=echo,
     )
 
 
@@ -126,7 +105,9 @@ class CompletionGeneration(Generation):
         super().__init__(exchange, *args, **kwargs)
         call = self.call
         self._echo_only = echo_only
-        self.fast = call.stream and not (call.stop or call.return_token_ids or call.continuous_usage or call.echo)
+        self.fast = call.stream and call.plain and not call.echo
+        self._prompt_entries: dict[int, list[Entry]] = {}
+        self._offsets: dict[int, int] = {}
         self._prefix = (
             f'{{"id":{dumps(self.response_id).decode()},"object":"text_completion","created":{self.created_s},'
             f'"model":{dumps(self.model).decode()},"choices":[{{"index":'
@@ -159,11 +140,11 @@ class CompletionGeneration(Generation):
         first = not choice.opened
         choice.opened = True
         if first and call.echo:
-            delta = decode(prompt) if self._echo_only else decode(prompt) + delta
+            delta = self._echoed(prompt, delta)
         prompt_ids = prompt if first and (call.return_token_ids or call.echo) else None
         choice_json = {
             "text": delta,
-            "logprobs": None,
+            "logprobs": self._logprobs(choice, prompt if first else None),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
             "prompt_token_ids": prompt_ids,
@@ -193,18 +174,15 @@ class CompletionGeneration(Generation):
         choices = []
         for choice in self.choices:
             prompt = call.prompts[choice.prompt_index]
-            text = choice.text
-            if call.echo:
-                text = decode(prompt) if self._echo_only else decode(prompt) + text
             choices.append(
                 {
                     "index": choice.index,
-                    "text": text,
-                    "logprobs": None,
+                    "text": self._echoed(prompt, choice.text) if call.echo else choice.text,
+                    "logprobs": self._logprobs(choice, prompt),
                     "finish_reason": choice.finish_reason,
                     "stop_reason": choice.stop_reason,
                     "token_ids": choice.token_ids if call.return_token_ids else None,
-                    "prompt_logprobs": None,
+                    "prompt_logprobs": self._prompt_logprobs(choice.prompt_index),
                     "prompt_token_ids": prompt if call.return_token_ids else None,
                     "routed_experts": None,
                 }
@@ -219,11 +197,38 @@ class CompletionGeneration(Generation):
                 "service_tier": None,
                 "system_fingerprint": FINGERPRINT,
                 "usage": whole_usage(self, created_cache_tokens=None),
-                "kv_transfer_params": None,
+                "kv_transfer_params": self.kv_transfer_params(),
                 "ec_transfer_params": None,
                 "metrics": None,
             }
         )
+
+    def _echoed(self, prompt: list[int], text: str) -> str:
+        shown = "" if self.call.return_token_ids else decode(prompt)
+        return shown if self._echo_only else shown + text
+
+    def _entries_of_prompt(self, prompt_index: int) -> list[Entry]:
+        found = self._prompt_entries.get(prompt_index)
+        if found is None:
+            prompt = self.call.prompts[prompt_index]
+            found = self._prompt_entries[prompt_index] = prompt_entries(prompt, self.call.prompt_logprobs or 0)
+        return found
+
+    def _prompt_logprobs(self, prompt_index: int) -> list[dict[str, Any] | None] | None:
+        return None if self.call.prompt_logprobs is None else prompt_shape(self._entries_of_prompt(prompt_index))
+
+    def _logprobs(self, choice: Choice, prompt: list[int] | None) -> dict[str, Any] | None:
+        """Those of the choice's new tokens; of the prompt's too, where it is shown with them."""
+        call = self.call
+        if call.logprobs is None:
+            return None
+        entries = choice.entries
+        if call.echo and prompt is not None:
+            before = self._entries_of_prompt(choice.prompt_index)
+            entries = before if self._echo_only else [*before, *entries]
+        offset = self._offsets.get(choice.index, 0)
+        shown, self._offsets[choice.index] = completion_shape(entries, offset, as_ids=call.tokens_as_ids)
+        return shown
 
 
 def whole_usage(generation: Generation, *, created_cache_tokens: int | None) -> dict[str, Any]:

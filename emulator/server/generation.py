@@ -4,17 +4,22 @@ Subclasses know the shape of an endpoint's answer. A token of a plain stream tak
 head, the token's text, one prepared frame tail, one write.
 """
 
+import codecs
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import msgspec
 
 from emulator.model import FinishReason, Request
+from emulator.outputs import OutputSource, PlannedOutput, RestrictedChain
 from emulator.server.engine import RealTimeEngine
-from emulator.server.errors import ENGINE_DEAD_EVENT, engine_dead
+from emulator.server.errors import ENGINE_DEAD_EVENT, ApiError, engine_dead
 from emulator.server.http import Exchange
-from emulator.tokens import token_bytes
+from emulator.server.logprobs import ChoiceLogprobs, Entry
+from emulator.structured import Constraint, ConstraintError
+from emulator.tokens import TokenChain, decode_bytes, encode, token_bytes
 
 NO_TOKEN = -1
 FINGERPRINT = "vllm-0.32.0-twofold"
@@ -22,8 +27,26 @@ DONE_EVENT = b"data: [DONE]\n\n"
 dumps = msgspec.json.encode
 
 
+class ToolPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of a tool that the request demands: ``text`` is what the model writes, as its parser knows it.
+
+    The arguments lie in ``text`` from character ``start`` to ``end``. ``named``: the request named the tool.
+    """
+
+    name: str
+    arguments: str
+    text: str
+    start: int
+    end: int
+    named: bool
+
+
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """What a generation request asks for, after validation."""
+    """What a generation request asks for, after validation.
+
+    ``logprobs``, ``prompt_logprobs``: best others per position, None for no log probabilities at all. ``echo_text``:
+    text before that of each chat choice. ``allowed``, ``banned``, ``bad_words``: see ``RestrictedChain``.
+    """
 
     prompts: list[list[int]]
     max_tokens: list[int]
@@ -43,15 +66,53 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     temperature: float = 1.0
     top_p: float = 1.0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    tokens_as_ids: bool = False
+    echo_text: str = ""
+    constraint: Constraint | None = None
+    tool: ToolPlan | None = None
+    allowed: Collection[int] = ()
+    banned: Collection[int] = ()
+    bad_words: tuple[bytes, ...] = ()
+    kv_transfer: dict[str, Any] | None = None
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the output may be other than the chain."""
+        return bool(self.constraint or self.tool or self.allowed or self.banned or self.bad_words)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every output token shows as four plain characters and nothing else."""
+        extras = self.stop or self.return_token_ids or self.continuous_usage or self.restricted
+        return not extras and self.logprobs is None
+
+    def source(self, prompt: list[int], child: int) -> OutputSource | None:
+        """Where choice ``child`` of a prompt gets its tokens from; None for the plain chain.
+
+        Raises ConstraintError where the constraint leaves no text after this prompt.
+        """
+        text = self.tool.text if self.tool else None
+        if self.constraint and text is None:
+            text = self.constraint.text(decode_bytes(prompt), child)
+        if text is not None:
+            return PlannedOutput(encode(text))
+        if self.allowed or self.banned or self.bad_words:
+            return RestrictedChain(prompt, child, allowed=self.allowed, banned=self.banned, bad_words=self.bad_words)
+        return TokenChain(prompt, child) if child else None
 
 
 class Choice:
     """One choice of a call: the sink of one engine request."""
 
     __slots__ = (
+        "_decoder",
         "_hold_back",
+        "_logprobs",
         "_sent",
         "engine_id",
+        "entries",
         "finish_reason",
         "generation",
         "index",
@@ -82,6 +143,13 @@ class Choice:
         held = max(map(len, call.stop)) - 1 if call.stop and not call.include_stop else 0
         self._hold_back = held
         self._sent = 0
+        self.entries: list[Entry] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace") if call.restricted else None
+        self._logprobs: ChoiceLogprobs | None = None
+        if call.logprobs is not None:
+            prompt = call.prompts[prompt_index]
+            child = index - prompt_index * call.n
+            self._logprobs = ChoiceLogprobs(prompt, child, call.logprobs, sampled_best=not call.restricted)
 
     def token(self, token_id: int, request: Request) -> None:
         """A token from the engine, or only the end of the request (``NO_TOKEN``)."""
@@ -116,8 +184,14 @@ class Choice:
         if reason is FinishReason.STOP and tokens:
             spoken = tokens[:-1]  # the token that ended it, EOS or a stop id, is not text
         before = len(self.text)
-        self.text += b"".join(map(token_bytes, spoken)).decode("utf-8", "replace")
+        data = b"".join(map(token_bytes, spoken))
+        if self._decoder is None:
+            self.text += data.decode("utf-8", "replace")
+        else:
+            self.text += self._decoder.decode(data, reason is not None)
         self.token_ids += tokens
+        if self._logprobs is not None:
+            self.entries = self._logprobs.take(tokens)
         stopped = self._find_stop(before) if self.generation.call.stop else None
         if stopped is not None:
             self.finish_reason, self.stop_reason = "stop", stopped
@@ -128,7 +202,8 @@ class Choice:
         end = len(self.text) if self.finish_reason else max(self._sent, len(self.text) - self._hold_back)
         delta, self._sent = self.text[self._sent : end], end
         self.generation.advance(self, delta, tokens)
-        if not self.generation.call.stop and self.generation.call.stream:
+        call = self.generation.call
+        if call.stream and not call.stop and not call.tool:
             self.text, self._sent = "", 0
 
     def _find_stop(self, before: int) -> str | None:
@@ -160,6 +235,10 @@ class Generation:
         self.response_id = response_id
         self.model = model
         self.created_s = int(time.time())
+        try:
+            self._sources = [call.source(prompt, child) for prompt in call.prompts for child in range(call.n)]
+        except ConstraintError as error:
+            raise ApiError(str(error)) from None
         self.choices: list[Choice] = []
         self.unfinished = 0
         self.on_end: Callable[[], None] = _nothing
@@ -170,17 +249,21 @@ class Generation:
         for prompt_index, prompt in enumerate(call.prompts):
             for child in range(call.n):
                 index = prompt_index * call.n + child
+                source = self._sources[index]
+                planned = isinstance(source, PlannedOutput)
                 request = Request(
                     f"{self.response_id}-{index}-{secrets.token_hex(4)}",
                     prompt,
                     call.max_tokens[prompt_index],
                     arrival_s=now_s,
                     priority=call.priority,
-                    min_tokens=call.min_tokens,
-                    natural_end=call.natural_end,
-                    ignore_eos=call.ignore_eos,
+                    min_tokens=0 if planned else call.min_tokens,
+                    natural_end=planned or call.natural_end,
+                    ignore_eos=call.ignore_eos and not planned,
                     stop_token_ids=call.stop_token_ids,
                     cache_salt=call.cache_salt,
+                    source=source,
+                    read_cache=call.prompt_logprobs is None,
                 )
                 self.choices.append(Choice(self, index, prompt_index, request))
         self.unfinished = len(self.choices)
@@ -243,6 +326,10 @@ class Generation:
     def whole_body(self) -> bytes:
         """The body of an answer that is not streamed."""
         raise NotImplementedError
+
+    def kv_transfer_params(self) -> dict[str, Any] | None:
+        """What an engine with a KV connector tells of the blocks that it keeps for another one."""
+        return None
 
     def send_event(self, data: bytes) -> None:
         """Send one SSE event without a name."""

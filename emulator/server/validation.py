@@ -33,8 +33,11 @@ _COMMON_FIELDS = {
     "request_id": "str",
     "cache_salt": "str",
     "user": "str",
+    "prompt_logprobs": "int",
+    "return_tokens_as_token_ids": "bool",
+    "echo": "bool",
 }
-COMPLETION_FIELDS = {**_COMMON_FIELDS, "echo": "bool", "logprobs": "int", "prompt_logprobs": "int", "suffix": "str"}
+COMPLETION_FIELDS = {**_COMMON_FIELDS, "logprobs": "int", "suffix": "str"}
 CHAT_FIELDS = {
     **_COMMON_FIELDS,
     "max_completion_tokens": "int",
@@ -43,6 +46,7 @@ CHAT_FIELDS = {
     "add_generation_prompt": "bool",
     "continue_final_message": "bool",
 }
+SAMPLING_FIELDS = {**_COMMON_FIELDS, "logprobs": "int"}
 MAX_LOGPROBS = 20
 MAX_N = 128
 """Most choices of one prompt; vLLM's own limit is far above what anybody asks for."""
@@ -58,6 +62,7 @@ _MESSAGES = {
     "bool_type": "Input should be a valid boolean",
     "string_type": "Input should be a valid string",
     "list_type": "Input should be a valid list",
+    "dict_type": "Input should be a valid dictionary",
     "missing": "Field required",
 }
 
@@ -209,6 +214,23 @@ def stream_options(body: Body) -> tuple[bool, bool]:
         return False, False
     include_usage = bool(options.get("include_usage"))
     return include_usage, include_usage and bool(options.get("continuous_usage_stats"))
+
+
+def check_logprob_fields(body: Body, sampled: str) -> None:
+    """vLLM's rules for ``prompt_logprobs`` and for ``sampled``, the field of sampled ones. Raises ApiError.
+
+    vLLM looks at them before it converts any field, so a number in quotes is refused here alone.
+    """
+    for name in ("prompt_logprobs", sampled):
+        value = body.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float):
+            raise parameter_error(f"`{name}` must be an integer.", name, value)
+        if name == "prompt_logprobs" and body.get("stream") and (value > 0 or value == -1):
+            raise parameter_error("`prompt_logprobs` are not available when `stream=True`.", name)
+        if value < 0 and value != -1:
+            raise parameter_error(f"`{name}` must be a positive value or -1.", name, value)
 
 
 def check_sampling(body: Body, max_tokens: int) -> None:

@@ -1,0 +1,137 @@
+"""Tool choice: what vLLM refuses, the call that is made up where one is demanded, and how it is shown.
+
+The model writes a call as vLLM's ``hermes`` parser reads it. A tool is only called where the request names it or
+requires one; under "auto" the answer is text. Arguments are a small instance of the tool's parameter schema.
+"""
+
+import json
+import secrets
+from typing import Any
+
+from emulator.server.errors import ApiError, parameter_error
+from emulator.server.generation import ToolPlan
+from emulator.server.settings import EngineSettings
+from emulator.server.validation import Body
+from emulator.structured import ConstraintError, parse_constraint
+from emulator.tokens import decode_bytes
+
+_OPEN, _CLOSE = "<tool_call>\n", "\n</tool_call>"
+_USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
+
+
+def check_tool_choice(body: Body) -> None:
+    """The checks before the model is looked up. Raises ApiError with vLLM's words."""
+    tools, choice = body.get("tools"), body.get("tool_choice")
+    if tools == []:
+        raise parameter_error(
+            "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely.", "tools"
+        )
+    if choice in (None, "none"):
+        return
+    if tools is None:
+        raise parameter_error("When using `tool_choice`, `tools` must be set.", "tool_choice")
+    if isinstance(choice, dict):
+        _check_named(choice, tools)
+    elif choice not in ("auto", "required"):
+        raise parameter_error(
+            f'Invalid value for `tool_choice`: {choice}! Only named tools, "none", "auto" or "required" are supported.',
+            "tool_choice",
+        )
+
+
+def _check_named(choice: dict[str, Any], tools: list[Any]) -> None:
+    function = choice.get("function")
+    if not isinstance(function, dict):
+        raise parameter_error(
+            f"Invalid value for `function`: `{function}` in `tool_choice`! {_USAGE}", "tool_choice.function"
+        )
+    if "name" not in function:
+        raise parameter_error(
+            f"Expected field `name` in `function` in `tool_choice`! {_USAGE}", "tool_choice.function.name"
+        )
+    name = function["name"]
+    if not isinstance(name, str) or not name:
+        raise parameter_error(
+            f"Invalid `name` in `function`: `{name}` in `tool_choice`! {_USAGE}", "tool_choice.function.name"
+        )
+    if name not in [_function(tool).get("name") for tool in tools]:
+        raise parameter_error(
+            "The tool specified in `tool_choice` does not match any of the specified `tools`", "tool_choice"
+        )
+
+
+def plan_tool(body: Body, prompt: list[int], settings: EngineSettings) -> ToolPlan | None:
+    """The call that the body demands, None if it demands none. Raises ApiError."""
+    tools = body.get("tools")
+    choice = body.get("tool_choice", "auto" if tools else None)
+    if choice in (None, "none"):
+        return None
+    named = choice["function"]["name"] if isinstance(choice, dict) else None
+    if not settings.tool_call_parser:
+        if choice == "auto":
+            raise ApiError('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set')
+        shown = f'function "{named}"' if named else f'"{choice}"'
+        raise ApiError(f"tool_choice={shown} requires --tool-call-parser to be set")
+    if choice == "auto":
+        return None
+    tool = next((one for one in tools or [] if _function(one).get("name") == named), (tools or [{}])[0])
+    return _planned(_function(tool), prompt, named=named is not None)
+
+
+def _planned(function: dict[str, Any], prompt: list[int], *, named: bool) -> ToolPlan:
+    parameters = function.get("parameters") or {"type": "object"}
+    try:
+        constraint = parse_constraint({"json": parameters}, None)
+        arguments = (constraint.text(decode_bytes(prompt)) if constraint else None) or "{}"
+    except ConstraintError as error:
+        raise ApiError(str(error)) from None
+    name = str(function.get("name", ""))
+    head = f'{_OPEN}{{"name": {json.dumps(name)}, "arguments": '
+    return ToolPlan(
+        name=name,
+        arguments=arguments,
+        text=f"{head}{arguments}}}{_CLOSE}",
+        start=len(head),
+        end=len(head) + len(arguments),
+        named=named,
+    )
+
+
+def _function(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
+def new_call_id() -> str:
+    """An id as vLLM gives to tool calls."""
+    return f"chatcmpl-tool-{secrets.token_hex(8)}"
+
+
+def finish_reason(plan: ToolPlan | None, reason: str | None) -> str | None:
+    """The reason that the client sees: a call that was required, but not named, has one of its own."""
+    return "tool_calls" if plan is not None and not plan.named and reason == "stop" else reason
+
+
+class ToolStream:
+    """The deltas of a tool call whose text comes piece by piece."""
+
+    __slots__ = ("_chars", "_plan", "_started")
+
+    def __init__(self, plan: ToolPlan) -> None:
+        self._plan = plan
+        self._chars = 0
+        self._started = False
+
+    def take(self, text: str) -> list[dict[str, Any]]:
+        """The tool-call deltas that ``text`` leads to; none while the markup alone goes on."""
+        plan, before = self._plan, self._chars
+        self._chars = before + len(text)
+        deltas: list[dict[str, Any]] = []
+        if not self._started and self._chars >= plan.start:
+            self._started = True
+            function = {"name": plan.name}
+            deltas.append({"id": new_call_id(), "type": "function", "index": 0, "function": function})
+        piece = plan.text[max(before, plan.start) : min(self._chars, plan.end)]
+        if piece:
+            deltas.append({"index": 0, "function": {"arguments": piece}})
+        return deltas
