@@ -46,6 +46,7 @@ class EngineHost:
                 max_model_len=profile.max_model_len_tokens,
                 dev_mode=settings.enable_dev_mode,
                 scale_out=settings.enable_scale_out,
+                tool_call_parser=settings.tool_call_parser,
             ),
         )
         self.engine.on_death = self._die

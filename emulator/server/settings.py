@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     enable_fault_injection: Annotated[bool, _doc("accept faults on the admin port")] = False
     enable_dev_mode: Annotated[bool, _doc("serve /reset_prefix_cache as vLLM does in development mode")] = False
     enable_scale_out: Annotated[bool, _doc("serve /inference/v1/abort_requests")] = False
+    tool_call_parser: Annotated[str, _doc("hermes, or nothing to refuse tools as vLLM does without one")] = "hermes"
     shutdown_timeout: Annotated[float, _doc("seconds that running streams get to finish after SIGTERM")] = 0.0
     ready_file: Annotated[str, _doc("file to write the listening ports to, as JSON, once all are open")] = ""
     log_file: Annotated[str, _doc("append JSON log lines here instead of writing to stderr")] = ""
@@ -47,3 +48,4 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     dev_mode: bool = False
     scale_out: bool = False
+    tool_call_parser: str = "hermes"
