@@ -57,6 +57,9 @@ class Handler(Protocol):
     def rejected(self, error: HttpError, head: RequestHead | None) -> Reply:
         """The answer to a request that never became one."""
 
+    def limit_hit(self, limit: str) -> None:
+        """A bound was reached that ends in no answer of its own; to be counted."""
+
 
 def reject_reply(
     style: ErrorStyle,

@@ -10,13 +10,14 @@ from twofold.model.reasons import RejectReason
 
 
 class HttpError(Exception):
-    """A request that is answered with an error before any routing."""
+    """A request that is answered with an error before any routing. ``limit`` names the bound it ran into, if one."""
 
-    def __init__(self, status: int, reason: RejectReason, message: str) -> None:
+    def __init__(self, status: int, reason: RejectReason, message: str, *, limit: str = "") -> None:
         super().__init__(message)
         self.status = status
         self.reason = reason
         self.message = message
+        self.limit = limit
 
 
 class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ def parse_head(data: bytes, max_headers: int) -> RequestHead:
         raise _bad("incomplete request head")
     headers = collector.headers
     if len(headers) > max_headers:
-        raise HttpError(431, RejectReason.HEAD_TOO_LARGE, f"more than {max_headers} header fields")
+        raise HttpError(431, RejectReason.HEAD_TOO_LARGE, f"more than {max_headers} header fields", limit="headers")
     version = parser.get_http_version()
     if version not in ("1.1", "1.0"):
         raise _bad("only HTTP/1.1 and HTTP/1.0 are spoken here", 505)

@@ -24,15 +24,18 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
 class BufferBudget:
     """A bound on bytes held at once by everything that shares the budget."""
 
-    __slots__ = ("held_bytes", "limit_bytes")
+    __slots__ = ("held_bytes", "limit_bytes", "refused")
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0
+        self.refused = 0
+        """Times that ``take`` said no."""
 
     def take(self, size: int) -> bool:
         """Reserve ``size`` bytes; False (and nothing reserved) when that would pass the limit."""
         if self.held_bytes + size > self.limit_bytes:
+            self.refused += 1
             return False
         self.held_bytes += size
         return True

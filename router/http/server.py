@@ -99,7 +99,7 @@ class ClientConnection(asyncio.Protocol):
         server.connections.add(self)
         self.deadline_s = server.clock() + server.limits.head_timeout_s
         if len(server.connections) > server.limits.connections:
-            self._refuse(HttpError(503, RejectReason.SATURATED, "too many connections"))
+            self._refuse(HttpError(503, RejectReason.SATURATED, "too many connections", limit="connections"))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Give everything back and tell the exchange."""
@@ -135,8 +135,7 @@ class ClientConnection(asyncio.Protocol):
         if state == self._BUSY:
             self._buffer += data
             if len(self._buffer) > self._server.limits.pipelined_bytes:
-                self._buffer = b""
-                self._keep_alive = False
+                self._drop_pipelined()
             return
         if state >= self._LINGER:
             return
@@ -206,7 +205,8 @@ class ClientConnection(asyncio.Protocol):
         if self._state == self._HEAD and not self._buffer:
             self._close()
         elif self._state in (self._HEAD, self._BODY):
-            self._refuse(HttpError(408, RejectReason.CLIENT_TIMEOUT, "the request did not arrive in time"))
+            limit = "head_timeout" if self._state == self._HEAD else "body_timeout"
+            self._refuse(HttpError(408, RejectReason.CLIENT_TIMEOUT, "the request did not arrive in time", limit=limit))
         elif self._transport is not None:
             self._transport.abort()
 
@@ -269,7 +269,12 @@ class ClientConnection(asyncio.Protocol):
         end = buffer.find(b"\r\n\r\n", 0, limits.head_bytes)
         if end < 0:
             if len(buffer) >= limits.head_bytes:
-                raise HttpError(431, RejectReason.HEAD_TOO_LARGE, f"request head above {limits.head_bytes} bytes")
+                raise HttpError(
+                    431,
+                    RejectReason.HEAD_TOO_LARGE,
+                    f"request head above {limits.head_bytes} bytes",
+                    limit="head_bytes",
+                )
             self._await_head()
             return
         now_s = server.clock()
@@ -291,7 +296,7 @@ class ClientConnection(asyncio.Protocol):
     def _early_reply(self, head: RequestHead) -> Reply | None:
         limits = self._server.limits
         if head.content_length is not None and head.content_length > limits.body_bytes:
-            raise HttpError(413, RejectReason.BODY_TOO_LARGE, f"request body above {limits.body_bytes} bytes")
+            raise _body_too_large(limits.body_bytes)
         expectation = head.fields.get(b"expect")
         if expectation is not None and not head.http10 and not head.expects_continue:
             raise HttpError(417, RejectReason.BAD_REQUEST, "unknown expectation")
@@ -343,8 +348,7 @@ class ClientConnection(asyncio.Protocol):
             done, rest = decoder.done, decoder.rest
         self._body_bytes += len(piece)
         if self._body_bytes > self._server.limits.body_bytes:
-            limit = self._server.limits.body_bytes
-            raise HttpError(413, RejectReason.BODY_TOO_LARGE, f"request body above {limit} bytes")
+            raise _body_too_large(self._server.limits.body_bytes)
         self._take(len(piece))
         if piece:
             self._pieces.append(piece)
@@ -360,12 +364,16 @@ class ClientConnection(asyncio.Protocol):
         self._state = self._BUSY
         self.deadline_s = _NEVER
         if len(self._buffer) > self._server.limits.pipelined_bytes:
-            self._buffer = b""
-            self._keep_alive = False
+            self._drop_pipelined()
         exchange = self._server.handler.handle(self, request)
         if exchange is not None and self._state == self._BUSY and self._head is request.head:
             self._exchange = exchange
         self._restart()
+
+    def _drop_pipelined(self) -> None:
+        self._buffer = b""
+        self._keep_alive = False
+        self._server.handler.limit_hit("pipelined_bytes")
 
     def _restart(self) -> None:
         """Let the reading loop see a change of state where an answer was given at once."""
@@ -387,3 +395,7 @@ class ClientConnection(asyncio.Protocol):
             self._buffered = 0
         self._pieces = []
         self._decoder = None
+
+
+def _body_too_large(limit_bytes: int) -> HttpError:
+    return HttpError(413, RejectReason.BODY_TOO_LARGE, f"request body above {limit_bytes} bytes", limit="body_bytes")

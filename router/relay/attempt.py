@@ -332,6 +332,7 @@ class Attempt:
             self._end(ending)
             return
         self._release_held()
+        self._context.metrics.limit_hit("hold_response_bytes")
         self._passing = True
         self.outputs = 1
         self._first_output(self._last_byte_s)
@@ -387,6 +388,8 @@ class Attempt:
         elif ending is Ending.COMPLETE:
             context.fleet.live.record_success(slot)
         if self._events is not None:
+            if self._events.split:
+                context.metrics.limit_hit("event_bytes")
             self._events.close()
         self._owner.attempt_ended(self, ending)
         self._release_held()

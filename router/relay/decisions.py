@@ -32,6 +32,8 @@ class DecisionLog:
         self._ring: list[_Entry] = []
         self._next = 0
         self._by_id: dict[str, list[_Entry]] = {}
+        self.forgotten = 0
+        """Decisions that made room for later ones."""
         self._encode = msgspec.msgpack.Encoder().encode
 
     def __len__(self) -> int:
@@ -43,6 +45,7 @@ class DecisionLog:
         if len(self._ring) < self._limit:
             self._ring.append(entry)
         else:
+            self.forgotten += 1
             self._forget(self._ring[self._next])
             self._ring[self._next] = entry
             self._next = (self._next + 1) % self._limit

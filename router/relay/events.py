@@ -17,7 +17,7 @@ class EventStream:
     ``chunked_out``: whether the client gets chunk framing. Feed it reads; ``complete`` is set at the body's end.
     """
 
-    __slots__ = ("_budget", "_chunked_out", "_decoder", "_held", "_max_event_bytes", "_verbatim", "complete")
+    __slots__ = ("_budget", "_chunked_out", "_decoder", "_held", "_max_event_bytes", "_verbatim", "complete", "split")
 
     def __init__(self, head: ResponseHead, *, chunked_out: bool, max_event_bytes: int, budget: BufferBudget) -> None:
         self._decoder = head.decoder()
@@ -27,6 +27,8 @@ class EventStream:
         self._max_event_bytes = max_event_bytes
         self._budget = budget
         self.complete = False
+        self.split = False
+        """Whether an event was too large to be kept whole."""
 
     def feed(self, data: bytes) -> bytes:
         """The client's bytes for this read: whole events, framed; b"" while none is complete. The last-chunk marker is
@@ -69,6 +71,7 @@ class EventStream:
         growth = len(rest) - len(held)
         if len(rest) > self._max_event_bytes or (growth > 0 and not self._budget.take(growth)):
             # Too large to keep whole: it passes in pieces, and cannot be continued elsewhere.
+            self.split = True
             self._release()
             return self._frame(whole)
         if growth < 0:

@@ -165,13 +165,17 @@ class Exchange:
     def _retry(self, attempt: Attempt, ending: Ending) -> bool:
         """Try another worker, if the ending, the budget and the fleet allow it."""
         context = self._context
-        if ending not in RETRYABLE or self._attempts >= context.settings.max_attempts:
+        if ending not in RETRYABLE:
+            return False
+        if self._attempts >= context.settings.max_attempts:
+            context.metrics.limit_hit("attempts")
             return False
         if ending is Ending.REFUSED:
             self._refusals += 1
             if self._refusals > 1:
                 return False
         if not context.retries.take():
+            context.metrics.limit_hit("retry_budget")
             return False
         self._excluded |= {attempt.target.slot}
         decision = self._decide()
@@ -218,6 +222,7 @@ class Exchange:
         """Watchdogs, called a few times a second."""
         paused_s = self._paused_since_s
         if paused_s is not None and now_s - paused_s > self._context.settings.client_stall_s:
+            self._context.metrics.limit_hit("client_stall")
             connection = self._connection
             self.client_gone()
             connection.abort()
@@ -315,7 +320,7 @@ class Exchange:
     def _fail_midway(self, attempt: Attempt, ending: Ending) -> None:
         """The client has part of a response: say so where the format can, and never let it look complete."""
         status, reason, message = client_error(ending)
-        self._context.metrics.reject(reason.value)
+        self._context.metrics.reject(reason.value, status)
         log.warning(
             "response broke off",
             extra={
@@ -356,7 +361,7 @@ class Exchange:
         self._answer(status, reason, _REJECT_TEXT.get(reason, reason.value), retry_after_s)
 
     def _answer(self, status: int, reason: RejectReason, message: str, retry_after_s: float) -> None:
-        self._context.metrics.reject(reason.value)
+        self._context.metrics.reject(reason.value, status)
         self._status = status
         headers: list[Header] = [(b"x-request-id", self._request_id)]
         if retry_after_s > 0:

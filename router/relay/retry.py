@@ -10,6 +10,11 @@ class RetryBudget:
         self._burst = max(1.0, burst)
         self._tokens = self._burst
 
+    @property
+    def tokens(self) -> float:
+        """Retries that may be made now."""
+        return self._tokens
+
     def request(self, ratio: float) -> None:
         """A new request came; ``ratio`` retries per request are allowed in the long run."""
         self._tokens = min(self._burst, self._tokens + ratio)

@@ -64,6 +64,7 @@ class RelayService:
                 head, 405, RejectReason.METHOD_NOT_ALLOWED, "method not allowed", headers=((b"allow", methods),)
             )
         if not local and len(self._context.exchanges) >= self._context.settings.max_requests:
+            self.limit_hit("requests")
             return self._reject(
                 head,
                 429,
@@ -84,8 +85,14 @@ class RelayService:
 
     def rejected(self, error: HttpError, head: RequestHead | None) -> Reply:
         """See Handler."""
+        if error.limit:
+            self.limit_hit(error.limit)
         headers = ((b"retry-after", b"1"),) if error.status in (429, 503) else ()
         return self._reject(head, error.status, error.reason, error.message, headers=headers)
+
+    def limit_hit(self, limit: str) -> None:
+        """See Handler."""
+        self._context.metrics.limit_hit(limit)
 
     # -- routed requests
 
@@ -196,7 +203,7 @@ class RelayService:
         headers: tuple[Header, ...] = (),
     ) -> Reply:
         """An error of the router's own for a request that has no exchange; counted here."""
-        self._context.metrics.reject(reason.value)
+        self._context.metrics.reject(reason.value, status)
         self._context.metrics.request(NO_POOL, status)
         return reject_reply(style_of(head), status, reason, message, param=param, headers=headers)
 

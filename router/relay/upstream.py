@@ -200,22 +200,49 @@ class UpstreamConnection(asyncio.Protocol):
             reader.response_data(buffer)
 
 
+class UpstreamCounts:
+    """What happened to connections, over all workers."""
+
+    __slots__ = ("opened", "refused", "surplus")
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.refused = 0
+        """Attempts not made because MAX_CONCURRENT_CONNECTS were under way."""
+        self.surplus = 0
+        """Connections closed because enough idle ones were kept."""
+
+
 class WorkerConnections:
     """All connections to one worker."""
 
-    def __init__(self, address: Address, *, max_idle: int, max_head_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        address: Address,
+        *,
+        max_idle: int,
+        max_head_bytes: int,
+        clock: Callable[[], float],
+        counts: UpstreamCounts,
+    ) -> None:
         self.address = address
         self._max_idle = max_idle
         self._max_head_bytes = max_head_bytes
         self._clock = clock
         self._idle: deque[UpstreamConnection] = deque()
         self._connecting = 0
+        self._counts = counts
         self._retired = False
 
     @property
     def idle(self) -> int:
         """Connections that wait for a request."""
         return len(self._idle)
+
+    @property
+    def connecting(self) -> int:
+        """Connections that are being made."""
+        return self._connecting
 
     def take_idle(self) -> UpstreamConnection | None:
         """The connection used last, if any is free: the others then become old and go."""
@@ -228,8 +255,10 @@ class WorkerConnections:
     async def connect(self) -> UpstreamConnection:
         """A new connection. Raises OSError."""
         if self._connecting >= MAX_CONCURRENT_CONNECTS:
+            self._counts.refused += 1
             raise ConnectionRefusedError("too many connection attempts under way")
         self._connecting += 1
+        self._counts.opened += 1
         try:
             loop = asyncio.get_running_loop()
             transport, connection = await loop.create_connection(
@@ -248,6 +277,7 @@ class WorkerConnections:
     def keep(self, connection: UpstreamConnection) -> None:
         """Take a connection back."""
         if self._retired or not connection.alive or len(self._idle) >= self._max_idle:
+            self._counts.surplus += not self._retired and connection.alive
             connection.discard()
             return
         connection.idle_since_s = self._clock()
@@ -287,15 +317,25 @@ class UpstreamPool:
         self._idle_s = idle_s
         self._clock = clock
         self._workers: dict[Address, WorkerConnections] = {}
+        self.counts = UpstreamCounts()
 
     def worker(self, address: Address) -> WorkerConnections:
         """The connections to ``address``."""
         found = self._workers.get(address)
         if found is None:
             found = self._workers[address] = WorkerConnections(
-                address, max_idle=self._max_idle, max_head_bytes=self._max_head_bytes, clock=self._clock
+                address,
+                max_idle=self._max_idle,
+                max_head_bytes=self._max_head_bytes,
+                clock=self._clock,
+                counts=self.counts,
             )
         return found
+
+    def sizes(self) -> tuple[int, int]:
+        """(idle connections, connections being made) over all workers."""
+        workers = self._workers.values()
+        return sum(worker.idle for worker in workers), sum(worker.connecting for worker in workers)
 
     def keep_only(self, addresses: set[Address]) -> None:
         """Forget workers that left the fleet."""

@@ -1,13 +1,16 @@
-"""Sums of the accounts, remembered until a dirty log says that they changed."""
+"""Sums of the accounts, remembered until somebody's dirty log, or this process itself, says that they changed."""
 
 from router.routing.accounts import AccountsReader, Load
-from router.routing.dirty_log import DirtyReader
+from router.routing.dirty_log import DirtyLog, DirtyReader
 
 _ALL = 1 << 30
 
 
 class Loads:
-    """Load of every slot over all writers. Reading an unchanged one costs a list access."""
+    """Load of every slot over all writers. Reading an unchanged one costs a list access.
+
+    ``readers``: the logs of the other writers. This process's own changes arrive through ``OwnLog``.
+    """
 
     __slots__ = ("_cache", "_readers", "_sum", "stale")
 
@@ -25,18 +28,38 @@ class Loads:
             load = self._cache[slot] = self._sum(slot)
         return load
 
+    def changed(self, slot: int) -> None:
+        """This process changed ``slot``."""
+        self._cache[slot] = None
+        self.stale[slot] = None
+
     def catch_up(self) -> None:
-        """Takes notice of all changes made until now, by any process."""
+        """Takes notice of all changes that other processes made until now."""
         for reader in self._readers:
             if not reader.pending:
                 continue
-            changed = reader.take(_ALL)
-            cache = self._cache
-            if changed is None:
+            slots = reader.take(_ALL)
+            cache, stale = self._cache, self.stale
+            if slots is None:
                 size = len(cache)
                 cache[:] = [None] * size
-                self.stale.update(dict.fromkeys(range(size)))
+                stale.update(dict.fromkeys(range(size)))
                 continue
-            for slot in changed:
+            for slot in slots:
                 cache[slot] = None
-            self.stale.update(dict.fromkeys(changed))
+                stale[slot] = None
+
+
+class OwnLog(DirtyLog):
+    """The log of this process's own changes: its ``Loads`` hears of them at once, without reading them back."""
+
+    __slots__ = ("_changed",)
+
+    def __init__(self, region: memoryview, loads: Loads) -> None:
+        super().__init__(region)
+        self._changed = loads.changed
+
+    def mark(self, slot: int) -> None:
+        """See DirtyLog."""
+        super().mark(slot)
+        self._changed(slot)

@@ -14,7 +14,16 @@ class Popularity:
     A chain is counted from its first chunk to its present ring key, so that deeper chunks cost nothing until needed.
     """
 
-    __slots__ = ("_exponent_per_s", "_generation", "_old", "_origin_s", "_total", "_young", "half_life_s")
+    __slots__ = (
+        "_exponent_per_s",
+        "_generation",
+        "_old",
+        "_origin_s",
+        "_total",
+        "_young",
+        "generations",
+        "half_life_s",
+    )
 
     def __init__(self, half_life_s: float, now_s: float, entries: int = 65_536) -> None:
         self.half_life_s = half_life_s
@@ -24,6 +33,8 @@ class Popularity:
         self._total = 0.0
         self._young: dict[int, float] = {}
         self._old: dict[int, float] = {}
+        self.generations = 0
+        """Generations that were full, each of which made the one before it be forgotten."""
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
@@ -68,6 +79,7 @@ class Popularity:
             count = young.get(value)
             if count is None:
                 if len(young) >= self._generation:
+                    self.generations += 1
                     self._old = old = young
                     self._young = young = {}
                 count = old.pop(value, 0.0)

@@ -38,12 +38,14 @@ def target_salt(target_id: str, incarnation: int) -> int:
 class PrefixWriter:
     """The one writer of a region."""
 
-    __slots__ = ("_mask", "_region", "_words")
+    __slots__ = ("_mask", "_region", "_words", "evictions")
 
     def __init__(self, region: memoryview) -> None:
         self._region = region
         self._words = region.cast("Q")
         self._mask = len(region) // _BUCKET_BYTES - 1
+        self.evictions = 0
+        """Entries that made room for others."""
 
     def insert(self, salt: int, hashes: Sequence[int], deepest: int, stamp_tokens: float, now_s: float) -> None:
         """Enters ``hashes`` (of one prompt, at the scheduled depths) for the target of ``salt``.
@@ -62,6 +64,7 @@ class PrefixWriter:
             elif 0 in keys:
                 at = base + keys.index(0)
             else:
+                self.evictions += 1
                 times = _KEYS(region, bucket * _BUCKET_BYTES + 8 * _TIMES)
                 at = base + times.index(min(times))
             words[at + _TAILS] = deepest

@@ -3,6 +3,7 @@
 Hints only: a reader that lags loses the oldest, and nothing waits.
 """
 
+from array import array
 from collections.abc import Sequence
 
 DEFAULT_WORDS = 1 << 15
@@ -28,27 +29,30 @@ class SentPrefixes:
     def append(self, slot: int, hashes: Sequence[int]) -> None:
         """Records that a prompt with these chain hashes (see ``prefix.broadcast_hashes``) went to ``slot``."""
         words, capacity = self._words, self._capacity
+        count = min(len(hashes), MAX_HASHES)
+        record = array("Q", (slot << 32 | count, *hashes[:count]))
         head = words[0]
         at = head % capacity
-        count = min(len(hashes), MAX_HASHES)
-        words[_HEADER_WORDS + at] = slot << 32 | count
-        for value in hashes[:count]:
-            at += 1
-            if at == capacity:
-                at = 0
-            words[_HEADER_WORDS + at] = value
+        room = capacity - at
+        if count < room:
+            words[_HEADER_WORDS + at : _HEADER_WORDS + at + count + 1] = record
+        else:
+            words[_HEADER_WORDS + at :] = record[:room]
+            words[_HEADER_WORDS : _HEADER_WORDS + count + 1 - room] = record[room:]
         words[0] = head + count + 1
 
 
 class SentPrefixReader:
     """Reader side, with its own position; begins at what is newest."""
 
-    __slots__ = ("_capacity", "_cursor", "_words")
+    __slots__ = ("_capacity", "_cursor", "_words", "overruns")
 
     def __init__(self, region: memoryview) -> None:
         self._words = region.cast("Q")
         self._capacity = len(self._words) - _HEADER_WORDS
         self._cursor = self._words[0]
+        self.overruns = 0
+        """Times that records were lost because this reader lagged."""
 
     def drain(self, limit: int = 1024) -> list[tuple[int, list[int]]]:
         """(slot, hashes) of at most ``limit`` records written since the last call, oldest first."""
@@ -58,6 +62,7 @@ class SentPrefixReader:
         while cursor != head and len(records) < limit:
             # Records near the writer's edge may be overwritten while they are copied: keep away, and check after.
             if not 0 < words[0] - cursor <= capacity - MAX_HASHES - 1:
+                self.overruns += 1
                 cursor = words[0]
                 break
             at = cursor % capacity
@@ -69,6 +74,7 @@ class SentPrefixReader:
             hashes = [words[_HEADER_WORDS + (at + 1 + i) % capacity] for i in range(count)]
             cursor += count + 1
             if words[0] - cursor > capacity - MAX_HASHES - 1:
+                self.overruns += 1
                 cursor = words[0]
                 break
             records.append((slot, hashes))

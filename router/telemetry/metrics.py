@@ -6,6 +6,25 @@ from router.shm.counters import CounterSlab, Histogram
 from twofold.model.histogram import END_TO_END_S, INTER_TOKEN_S, OVERHEAD_S, TTFT_S
 
 MAX_POOLS = 200
+LIMITS = (
+    "attempts",
+    "body_bytes",
+    "body_timeout",
+    "buffered_bytes",
+    "client_stall",
+    "concurrent_connects",
+    "connections",
+    "event_bytes",
+    "head_bytes",
+    "head_timeout",
+    "headers",
+    "hold_response_bytes",
+    "pipelined_bytes",
+    "requests",
+    "retry_budget",
+    "worker_connections",
+)
+"""Bounds whose being reached is counted; most are named like the setting that sets them."""
 
 
 class PoolMetrics:
@@ -110,7 +129,11 @@ class RelayMetrics:
         self.retries = counter(
             "twofold_retries_total", "Attempts repeated before the first byte, by cause", ("reason",)
         )
-        self.rejects = counter("twofold_rejects_total", "Requests answered with an error by the router", ("reason",))
+        self.rejects = counter(
+            "twofold_rejects_total", "Requests answered with an error by the router", ("reason", "code")
+        )
+        limits = counter("twofold_limit_hits_total", "Times that a bound of a relay was reached, by bound", ("limit",))
+        self._limits = {limit: limits.cell(limit) for limit in LIMITS}
         self.failures = counter("twofold_upstream_failures_total", "Attempts that failed, by kind", ("kind",))
         self.disconnects = counter(
             "twofold_client_disconnects_total", "Clients that left before the end of their response"
@@ -127,9 +150,13 @@ class RelayMetrics:
             found = self._pools[name] = PoolMetrics(self, name)
         return found
 
-    def reject(self, reason: str) -> None:
-        """Count an error made by the router."""
-        self.slab.inc(self.rejects.cell(reason))
+    def reject(self, reason: str, code: int) -> None:
+        """Count an error made by the router, answered with HTTP status ``code``."""
+        self.slab.inc(self.rejects.cell(reason, str(code)))
+
+    def limit_hit(self, limit: str, times: int = 1) -> None:
+        """Count that one of LIMITS was reached."""
+        self.slab.inc(self._limits[limit], times)
 
     def request(self, pool: str, code: int) -> None:
         """Count an answered request."""

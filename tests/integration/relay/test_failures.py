@@ -143,7 +143,7 @@ async def test_all_workers_dead_is_502_with_a_reason(router: TestRelay) -> None:
         assert response.headers["x-twofold-reason"] == "upstream-failed"
         assert response.error["code"] == 502
         assert len(one.requests) + len(two.requests) == 2
-        assert router.count("rejects", "upstream-failed") == 1
+        assert router.count("rejects", "upstream-failed", "502") == 1
         await until(lambda: router.loads() == [(0, 0), (0, 0)])
 
 
