@@ -8,10 +8,11 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 
 ENGINE ?= emulated
 TRACE ?=
+PEERS ?= nginx,vllm-router,sglang-router
 PYTEST_ARGS ?=
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo up test test-source test-wheel test-vllm lint proto lock replay-mooncake bench-decision clean
+.PHONY: help demo up test test-source test-wheel test-vllm lint proto lock replay-mooncake bench-decision bench-dataplane clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -50,6 +51,9 @@ replay-mooncake: $(STAMP) ## replay TRACE=path of a Mooncake trace through 2 rep
 
 bench-decision: $(STAMP) ## cost of one routing decision
 	@$(BIN)/python benchmarks/bench_decision.py
+
+bench-dataplane: $(STAMP) ## CPU per request and event beside PEERS=nginx,vllm-router,sglang-router (installs them)
+	@$(BIN)/python benchmarks/bench_dataplane.py --peers "$(PEERS)" $(ARGS)
 
 proto: $(STAMP) ## generate twofold/v1 from proto/
 	@PYTHON=$(BIN)/python scripts/generate_proto.sh
