@@ -218,6 +218,11 @@ class Exchange:
         if self._attempt is not None and not self._closed:
             self._attempt.cancel()
 
+    @property
+    def paused(self) -> bool:
+        """Whether the client has yet to read what was written to it."""
+        return self._paused_since_s is not None
+
     def check(self, now_s: float) -> None:
         """Watchdogs, called a few times a second."""
         paused_s = self._paused_since_s

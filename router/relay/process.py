@@ -18,12 +18,15 @@ from router.relay.control import ControlClient
 from router.relay.fleet import RelayFleet
 from router.relay.service import RelayService
 from router.relay.settings import RelaySettings
+from router.relay.usage import RelayUsage
 from router.routing.live import LiveFleet
 from router.shm.files import SharedMemoryError
 from router.shm.heartbeat import ProcessState
 from router.shm.layout import clear_accounts, region_sizes, relay_buffers
 from router.shm.replica import SharedReplica, agent_socket
 from router.telemetry.metrics import RelayMetrics
+from router.telemetry.runtime import RuntimeSeries
+from twofold.runtime.monitor import RuntimeMonitor
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,10 @@ class RelayProcess:
             sequence_offset=int.from_bytes(os.urandom(2), "little") + settings.index * SEQUENCE_STRIDE,
         )
         self.http = HttpServer(self.service, settings.http_limits(), self.context.budget)
+        self._monitor = RuntimeMonitor()
+        self._runtime = RuntimeSeries(metrics.slab, f"relay-{settings.index}", self._monitor)
+        self._usage: RelayUsage | None = None
+        self._due_s = 0.0
         self._state = ProcessState.STARTING
         self._board_version = 0
         self._ticks = 0
@@ -70,6 +77,8 @@ class RelayProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop, self.settings.grace_s)
         self._reload()
+        self._monitor.watch_collector()
+        self._usage = RelayUsage(self.context.metrics.slab, self.context, listener)
         server = await loop.create_server(self.http, sock=listener, backlog=4096)
         self._state = ProcessState.SERVING
         control = loop.create_task(self._control().run())
@@ -83,6 +92,8 @@ class RelayProcess:
             control.cancel()
             self._state = ProcessState.STOPPED
             self._beat()
+            self._flush()
+            self._monitor.close()
             self.context.upstream.close()
         log.info("relay stopped", extra={"relay": self.settings.index})
 
@@ -120,7 +131,12 @@ class RelayProcess:
 
     def _tick(self) -> None:
         """The relay's one timer: snapshots, watchdogs, heartbeat."""
-        asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        if self._due_s:
+            self._monitor.late(now_s - self._due_s, now_s)
+        self._due_s = now_s + TICK_S
+        loop.call_later(TICK_S, self._tick)
         self._ticks += 1
         if self._replica.board.version != self._board_version:
             self._reload()
@@ -132,6 +148,13 @@ class RelayProcess:
             self._beat()
         if self._ticks % HOUSEKEEPING_TICKS == 0:
             self.context.upstream.sweep(time.monotonic())
+            self._flush()
+
+    def _flush(self) -> None:
+        """Bring the figures that are not counted as they happen into shared memory."""
+        self._runtime.flush(time.monotonic())
+        if self._usage is not None:
+            self._usage.flush()
 
     def _reload(self) -> None:
         """Take the published snapshot; a damaged one is passed over and the last good one stays in force."""

@@ -31,12 +31,14 @@ class DirtyLog:
 class DirtyReader:
     """Reader side; any number per log, each with its own position."""
 
-    __slots__ = ("_capacity", "_cursor", "_words")
+    __slots__ = ("_capacity", "_cursor", "_words", "overruns")
 
     def __init__(self, region: memoryview) -> None:
         self._words = region.cast("Q")
         self._capacity = len(self._words) - _HEADER_WORDS
         self._cursor = self._words[0]
+        self.overruns = 0
+        """Times that changes were missed."""
 
     @property
     def pending(self) -> bool:
@@ -55,6 +57,7 @@ class DirtyReader:
         # Half the capacity is kept as distance from the writer, which may go on while this reads.
         if not 0 < head - cursor <= capacity // 2:
             self._cursor = head
+            self.overruns += 1
             return None
         end = min(head, cursor + limit)
         self._cursor = end

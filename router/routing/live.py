@@ -1,6 +1,7 @@
 """A relay's live view of the fleet, and the only writer of its accounts."""
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from router.routing import circuit
 from router.routing.accounts import AccountsReader, AccountsWriter
@@ -22,6 +23,15 @@ from twofold.model.fleet import FleetSnapshot, Pool, RoutingPolicy, Target
 from twofold.model.profile import EngineProfile
 
 POPULARITY_ENTRIES = 65_536
+
+
+class Usage(NamedTuple):
+    """See ``LiveFleet.usage``."""
+
+    popularity_entries: int
+    popularity_generations: int
+    prefix_evictions: int
+    dirty_rescans: int
 
 
 class LiveFleet:
@@ -135,6 +145,15 @@ class LiveFleet:
     def models(self) -> tuple[str, ...]:
         """All names that ``resolve`` knows: served names, aliases, adapters, pool by pool."""
         return tuple(self._models)
+
+    def usage(self) -> Usage:
+        """How full the bounded parts are and what they had to let go; counts begin with this object."""
+        return Usage(
+            popularity_entries=sum(len(counts) for counts in self._popularity.values()),
+            popularity_generations=sum(counts.generations for counts in self._popularity.values()),
+            prefix_evictions=self._prefix_writer.evictions,
+            dirty_rescans=self._loads.rescans,
+        )
 
     def target(self, slot: int) -> Target | None:
         """The target at ``slot``, None when it is in no slot of the present table."""
