@@ -12,11 +12,12 @@ import msgspec
 import psutil
 
 from emulator.server.errors import error_body
+from emulator.server.exposition import Histogram
 from emulator.server.faults import FaultError, FaultRequest
 from emulator.server.http import Exchange, HttpConnection
-from emulator.server.metrics import Histogram
 
 if TYPE_CHECKING:
+    from emulator.server.engine import RealTimeEngine
     from emulator.server.host import EngineHost
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class AdminApp:
             self._run(exchange, self._clear())
         elif route == ("POST", "/reset"):
             for host in self._hosts:
-                host.engine.reset()
+                host.reset()
             exchange.respond(200, b"{}")
         else:
             exchange.respond(405, b'{"detail":"Method Not Allowed"}')
@@ -69,7 +70,11 @@ class AdminApp:
         }
 
     def _described(self) -> list[dict[str, Any]]:
-        return [{"engine": host.index, **host.engine.faults.describe()} for host in self._hosts]
+        return [
+            {"engine": host.index, **({"rank": rank} if rank else {}), **engine.faults.describe()}
+            for host in self._hosts
+            for rank, engine in enumerate(host.group.ranks)
+        ]
 
     async def _add(self, exchange: Exchange) -> None:
         request = msgspec.json.decode(exchange.body, type=FaultRequest)
@@ -99,17 +104,26 @@ class AdminApp:
 
 
 def engine_stats(host: EngineHost) -> dict[str, Any]:
-    """Figures of one engine. Lateness quantiles are upper bounds of histogram buckets."""
-    metrics, engine = host.metrics, host.engine
-    return {
+    """Figures of one port: those of its first rank, and with several ranks those of each under "ranks"."""
+    ranks = [rank_stats(engine) for engine in host.group.ranks]
+    found = {
         "engine": host.index,
         "port": host.port,
         "profile": host.profile.name,
-        "dead": engine.dead,
+        "dead": host.group.dead,
         "requests": host.app.requests_seen,
-        "running": metrics.running,
-        "waiting": metrics.waiting,
-        "kv_usage": metrics.kv_usage,
+        **ranks[0],
+    }
+    return found if len(ranks) == 1 else {**found, "ranks": ranks}
+
+
+def rank_stats(engine: RealTimeEngine) -> dict[str, Any]:
+    """Figures of one engine. Lateness quantiles are upper bounds of histogram buckets."""
+    metrics, load = engine.metrics, engine.metrics.load
+    return {
+        "running": load.running,
+        "waiting": load.waiting,
+        "kv_usage": load.kv_usage,
         **msgspec.structs.asdict(engine.model.counters),
         "steps_resynced": engine.steps_resynced,
         "lateness_s": _quantiles(metrics.lateness_s),

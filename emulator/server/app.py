@@ -4,7 +4,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from emulator import tokens
@@ -12,10 +12,15 @@ from emulator.server import chat, completions
 from emulator.server.anthropic import MessagesGeneration, parse_messages
 from emulator.server.chat import ChatGeneration
 from emulator.server.completions import CompletionGeneration
+from emulator.server.dev import DevRoutes
+from emulator.server.elastic import SCALING, ElasticScaling, ElasticSettings
 from emulator.server.engine import RealTimeEngine
 from emulator.server.errors import SHUT_DOWN_MESSAGE, ApiError, engine_dead, error_body, validation_error
 from emulator.server.generation import DONE_EVENT, Call, Generation, dumps, new_id
+from emulator.server.group import EngineGroup, Lane
 from emulator.server.http import Exchange, HttpConnection
+from emulator.server.lora import Adapters
+from emulator.server.page import PortMetrics
 from emulator.server.responses import ResponsesGeneration, parse_responses
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import Body, convert_fields, finding, read_body
@@ -27,19 +32,35 @@ Handler = Callable[[Exchange], None]
 
 
 class EngineApp:
-    """Answers the requests of one engine; the ``Listener`` of its connections."""
+    """Answers the requests of one port; the ``Listener`` of its connections.
 
-    def __init__(self, engine: RealTimeEngine, settings: EngineSettings) -> None:
-        self.engine = engine
+    ``make_rank`` builds one more engine, for elastic EP; ``ranks_left`` is told of engines that are no longer served.
+    """
+
+    def __init__(
+        self,
+        group: EngineGroup,
+        settings: EngineSettings,
+        metrics: PortMetrics,
+        *,
+        elastic: ElasticSettings | None = None,
+        make_rank: Callable[[int], RealTimeEngine] | None = None,
+    ) -> None:
+        self.group = group
         self.settings = settings
+        self.metrics = metrics
         self.connections: set[HttpConnection] = set()
         self.black_hole = False
         self.closing = False
         self.draining = False
         self.on_connection_closed: Callable[[], None] = lambda: None
+        self.ranks_left: Callable[[list[RealTimeEngine]], None] = lambda ranks: None
+        self.event_sources: Callable[[], dict[str, Any]] = dict
+        """What ``/kv_event_sources`` shows: the publisher's configuration of each rank."""
         self.active = 0
         self.requests_seen = 0
-        self._started_s = int(time.time())
+        self.adapters = Adapters(settings.model, dict(settings.lora_modules))
+        self.elastic = ElasticScaling(self, elastic or ElasticSettings(), make_rank or _no_more)
         self._generations: set[Generation] = set()
         self._routes: dict[str, dict[str, Handler]] = {
             "/health": {"GET": self._health},
@@ -47,6 +68,7 @@ class EngineApp:
             "/version": {"GET": lambda exchange: exchange.respond(200, dumps({"version": VERSION}))},
             "/load": {"GET": lambda exchange: exchange.respond(200, dumps({"server_load": self.active}))},
             "/metrics": {"GET": self._metrics},
+            "/kv_event_sources": {"GET": lambda exchange: exchange.respond(200, dumps(self.event_sources()))},
             "/v1/models": {"GET": self._models},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
@@ -55,16 +77,20 @@ class EngineApp:
             "/v1/messages": {"POST": self._messages},
             "/v1/messages/count_tokens": {"POST": self._count_tokens},
             "/v1/responses": {"POST": self._responses},
-            "/is_scaling_elastic_ep": {"POST": self._is_scaling},
+            "/inference/v1/abort_requests": {"POST": self._abort_requests},
+            **self.elastic.routes(),
         }
+        if settings.enable_lora:
+            self._routes |= self.adapters.routes()
         if settings.dev_mode:
-            self._routes["/reset_prefix_cache"] = {"POST": self._reset_prefix_cache}
-        if settings.scale_out:
-            self._routes["/inference/v1/abort_requests"] = {"POST": self._abort_requests}
+            self._routes |= DevRoutes(self).routes()
 
     def handle(self, exchange: Exchange) -> None:
         """Answer a request, now or later. No exception leaves this."""
         self.requests_seen += 1
+        if self.elastic.committing:
+            exchange.respond(503, SCALING, vary=False)
+            return
         try:
             self._dispatch(exchange)
         except ApiError as error:
@@ -78,9 +104,14 @@ class EngineApp:
         self.on_connection_closed()
 
     def _dispatch(self, exchange: Exchange) -> None:
-        route = self._routes.get(exchange.path)
+        path = exchange.path
+        template = "/v1/responses/{response_id}" if path.startswith("/v1/responses/") else path
+        route = self._routes.get(path)
+        self._measure(exchange, template if route is not None or template != path else "none")
+        if exchange.preflight():
+            return
         if route is None:
-            if exchange.path.startswith("/v1/responses/") and exchange.method == "GET":
+            if template != path and exchange.method == "GET":
                 self._missing_response(exchange)
                 return
             exchange.respond(404, b'{"detail":"Not Found"}')
@@ -92,39 +123,27 @@ class EngineApp:
             return
         handler(exchange)
 
+    def _measure(self, exchange: Exchange, handler: str) -> None:
+        figures = self.metrics.http
+        began_s, request_bytes = figures.clock(), len(exchange.body)
+
+        def ended(exchange: Exchange) -> None:
+            sizes = (request_bytes, exchange.response_bytes)
+            figures.observe(handler, exchange.method, exchange.status or 500, began_s, sizes)
+
+        exchange.on_end = ended
+
     def _health(self, exchange: Exchange) -> None:
-        exchange.respond(503 if self.engine.dead else 200, content_type=None)
+        exchange.respond(503 if self.group.dead else 200, content_type=None)
 
     def _metrics(self, exchange: Exchange) -> None:
-        exchange.respond(200, self.engine.metrics.render(), b"text/plain; version=1.0.0; charset=utf-8")
+        exchange.respond(200, self.metrics.render(), b"text/plain; version=1.0.0; charset=utf-8")
 
     def _models(self, exchange: Exchange) -> None:
-        settings, created = self.settings, int(time.time())
-        permission = {
-            "id": f"modelperm-{secrets.token_hex(8)}",
-            "object": "model_permission",
-            "created": created,
-            "allow_create_engine": False,
-            "allow_sampling": True,
-            "allow_logprobs": True,
-            "allow_search_indices": False,
-            "allow_view": True,
-            "allow_fine_tuning": False,
-            "organization": "*",
-            "group": None,
-            "is_blocking": False,
-        }
-        card = {
-            "id": settings.model,
-            "object": "model",
-            "created": created,
-            "owned_by": "vllm",
-            "root": settings.model,
-            "parent": None,
-            "max_model_len": settings.max_model_len,
-            "permission": [permission],
-        }
-        exchange.respond(200, dumps({"object": "list", "data": [card]}))
+        settings = self.settings
+        cards = [model_card(settings.model, settings.model, None, settings.max_model_len)]
+        cards += [model_card(adapter.name, adapter.path, settings.model, None) for adapter in self.adapters.every()]
+        exchange.respond(200, dumps({"object": "list", "data": cards}))
 
     def _tokenize(self, exchange: Exchange) -> None:
         body = read_body(exchange)
@@ -164,18 +183,16 @@ class EngineApp:
         body = read_body(exchange)
         completions.validate(body)
         self._check_model(body)
+        self._check_engine(body.get("n"))
         call = completions.parse(body, self.settings, self._priority(exchange, body))
-        self._check_rank(exchange)
+        lane = self._lane(exchange, body)
         if self.draining:
             self._refuse_while_draining(exchange, call.stream)
             return
         echo_only = call.echo and body.get("max_tokens") == 0
         response_id = f"cmpl-{self._request_id(exchange, body)}"
-        self._run(
-            CompletionGeneration(
-                exchange, self.engine, call, response_id=response_id, model=self.settings.model, echo_only=echo_only
-            )
-        )
+        model = self._served_name(body)
+        self._run(CompletionGeneration(exchange, lane, call, response_id=response_id, model=model, echo_only=echo_only))
 
     def _chat(self, exchange: Exchange) -> None:
         if self._answered_by_fault(exchange):
@@ -183,9 +200,10 @@ class EngineApp:
         body = read_body(exchange)
         chat.validate(body)
         self._check_model(body)
+        self._check_engine(body.get("n"))
         call = chat.parse(body, self.settings, self._priority(exchange, body))
         response_id = f"chatcmpl-{self._request_id(exchange, body)}"
-        self._admit(exchange, ChatGeneration, call, response_id)
+        self._admit(exchange, body, ChatGeneration, call, response_id)
 
     def _messages(self, exchange: Exchange) -> None:
         if self._answered_by_fault(exchange):
@@ -197,8 +215,9 @@ class EngineApp:
             anthropic = {"type": "error", "error": {"type": error.type, "message": error.message}}
             exchange.respond(error.status, dumps(anthropic))
             return
+        self._check_engine()
         call = chat.parse(converted, self.settings, self._priority(exchange, body))
-        self._admit(exchange, MessagesGeneration, call, f"chatcmpl-{self._request_id(exchange, body)}")
+        self._admit(exchange, body, MessagesGeneration, call, f"chatcmpl-{self._request_id(exchange, body)}")
 
     def _count_tokens(self, exchange: Exchange) -> None:
         body = read_body(exchange)
@@ -212,22 +231,17 @@ class EngineApp:
         body = read_body(exchange)
         converted = parse_responses(body)
         self._check_model(body)
+        self._check_engine()
         call = chat.parse(converted, self.settings, self._priority(exchange, body))
-        self._admit(exchange, ResponsesGeneration, call, f"resp_{self._request_id(exchange, body)}")
+        self._admit(exchange, body, ResponsesGeneration, call, f"resp_{self._request_id(exchange, body)}")
 
     def _missing_response(self, exchange: Exchange) -> None:
         response_id = exchange.path.removeprefix("/v1/responses/")
         message = f"Response with id '{response_id}' not found."
         exchange.respond(404, error_body(message, "invalid_request_error", "response_id", 404))
 
-    def _is_scaling(self, exchange: Exchange) -> None:
-        exchange.respond(200, b'{"is_scaling_elastic_ep":false}')
-
-    def _reset_prefix_cache(self, exchange: Exchange) -> None:
-        done = self.engine.model.reset_prefix_cache()
-        exchange.respond(200, dumps({"success": done}))
-
     def _abort_requests(self, exchange: Exchange) -> None:
+        self.check_scale_out()
         try:
             body = json.loads(exchange.body)
         except ValueError as error:
@@ -235,24 +249,39 @@ class EngineApp:
         wanted = body.get("request_ids") if isinstance(body, dict) else None
         if not isinstance(wanted, list):
             raise ApiError("Missing 'request_ids' in request body", type_="Bad Request")
+        self.abort_named(wanted)
+        exchange.respond(200, content_type=None)
+
+    def check_scale_out(self) -> None:
+        """Raises ApiError (403) unless the scale-out endpoints are enabled."""
+        if not self.settings.scale_out:
+            message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
+            raise ApiError(message, status=403, type_="PermissionDeniedError")
+
+    def abort_named(self, wanted: Collection[str]) -> int:
+        """End the requests with these ids, as vLLM calls them; returns how many sequences that were."""
+        aborted = 0
         for generation in list(self._generations):
             for choice in generation.choices:
                 names = (generation.response_id, f"{generation.response_id}-{choice.prompt_index}")
                 by_prompt = isinstance(generation, CompletionGeneration)
                 if names[by_prompt] in wanted:
-                    self.engine.abort(choice.engine_id)
-        exchange.respond(200, content_type=None)
+                    aborted += generation.engine.abort(choice.engine_id)
+        return aborted
 
-    def _admit(self, exchange: Exchange, kind: type[Generation], call: Call, response_id: str) -> None:
-        self._check_rank(exchange)
+    def abort_every(self) -> int:
+        """End all requests; returns how many sequences that were."""
+        choices = [(generation, choice) for generation in self._generations for choice in generation.choices]
+        return sum(generation.engine.abort(choice.engine_id) for generation, choice in choices)
+
+    def _admit(self, exchange: Exchange, body: Body, kind: type[Generation], call: Call, response_id: str) -> None:
+        lane = self._lane(exchange, body)
         if self.draining:
             self._refuse_while_draining(exchange, stream=False)
             return
-        self._run(kind(exchange, self.engine, call, response_id=response_id, model=self.settings.model))
+        self._run(kind(exchange, lane, call, response_id=response_id, model=self._served_name(body)))
 
     def _run(self, generation: Generation) -> None:
-        if self.engine.dead:
-            raise engine_dead()
         self.active += 1
         self._generations.add(generation)
 
@@ -265,19 +294,32 @@ class EngineApp:
 
     def _refuse_while_draining(self, exchange: Exchange, stream: bool) -> None:
         if stream:
+            self.group.ranks[0].metrics.finished["abort"] += 1  # the engine core turns the request away
             exchange.start_stream()
             exchange.end_stream(exchange.frame(DONE_EVENT))
         else:
             exchange.respond(500, error_body(SHUT_DOWN_MESSAGE, "InternalServerError", None, 500), vary=False)
 
     def _answered_by_fault(self, exchange: Exchange) -> bool:
-        status = self.engine.faults.take_status()
+        status = self.group.ranks[0].faults.take_status()
         if status:
             exchange.respond(status, error_body("injected fault", "InternalServerError", None, status))
         return bool(status)
 
     def _knows(self, model: Any) -> bool:
-        return model is None or model == self.settings.model
+        return not model or model == self.settings.model or self.adapters.get(model) is not None
+
+    def _served_name(self, body: Body) -> str:
+        adapter = self.adapters.get(body.get("model"))
+        return self.settings.model if adapter is None else adapter.name
+
+    def _check_engine(self, n: int | None = None) -> None:
+        if self.group.dead:
+            raise engine_dead()
+        self.group.check_admission(n or 1)
+
+    def _lane(self, exchange: Exchange, body: Body) -> Lane:
+        return Lane(self.group, self._rank(exchange), self.adapters.get(body.get("model")))
 
     def _check_model(self, body: Body) -> None:
         findings = convert_fields(body, {"model": "str"})
@@ -290,16 +332,18 @@ class EngineApp:
         message = f"The model `{model}` does not exist. Valid aliases: {self.settings.model}."
         return ApiError(message, status=404, type_="NotFoundError", param="model")
 
-    def _check_rank(self, exchange: Exchange) -> None:
+    def _rank(self, exchange: Exchange) -> int | None:
         rank = exchange.header(b"x-data-parallel-rank")
         if rank is None:
-            return
+            return None
         try:
             number = int(rank)
         except ValueError:
-            return
-        if number != 0:
-            raise ApiError(f"data_parallel_rank {number} is out of range [0, 1).")
+            return None
+        size = len(self.group.ranks)
+        if not 0 <= number < size:
+            raise ApiError(f"data_parallel_rank {number} is out of range [0, {size}).")
+        return number
 
     def _priority(self, exchange: Exchange, body: Body) -> int:
         header = exchange.header(b"x-vllm-priority")
@@ -312,3 +356,36 @@ class EngineApp:
 
     def _request_id(self, exchange: Exchange, body: Body) -> str:
         return exchange.header(b"x-request-id") or str(body.get("request_id") or new_id())
+
+
+def model_card(name: str, root: str, parent: str | None, max_model_len: int | None) -> dict[str, Any]:
+    """An entry of ``/v1/models``."""
+    created = int(time.time())
+    permission = {
+        "id": f"modelperm-{secrets.token_hex(8)}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "vllm",
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
+        "permission": [permission],
+    }
+
+
+def _no_more(index: int) -> RealTimeEngine:
+    raise ValueError(f"there is no rank {index}")

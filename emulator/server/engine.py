@@ -1,12 +1,13 @@
 """An engine model on the real clock: steps, delivers tokens when they are due, measures how late it was."""
 
+import enum
 import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from emulator.model import EngineModel, FinishReason, Request, StepResult
+from emulator.model import EngineModel, FinishReason, KvEvent, Pause, Request, StepResult
 from emulator.server.faults import Faults, TokenFault, other_output_id
-from emulator.server.metrics import EngineMetrics
+from emulator.server.metrics import EngineMetrics, Siblings
 from emulator.server.timer import PreciseTimer
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,14 @@ class Sink(Protocol):
 
     def died(self) -> None:
         """The engine core died."""
+
+
+class PauseMode(enum.StrEnum):
+    """What a pause does to the requests there are: end them, let them finish, or freeze them."""
+
+    ABORT = "abort"
+    WAIT = "wait"
+    KEEP = "keep"
 
 
 class RealTimeEngine:
@@ -42,17 +51,20 @@ class RealTimeEngine:
         self.dead = False
         self.on_death: Callable[[str], None] = lambda mode: None
         self.on_idle: Callable[[], None] = lambda: None
+        self.on_events: Callable[[list[KvEvent]], None] | None = None
+        """Takes the KV events of each step that has any, just before its tokens go out."""
         self.steps_resynced = 0
         self.stream_interval_tokens = 1
         """Tokens that a stream's event waits for; its first and its last do not wait."""
         self._timer = timer
         self._clock = clock
         self._call_soon = call_soon
-        self._sinks: dict[str, tuple[Sink, int]] = {}
+        self._sinks: dict[str, tuple[Sink, Siblings | None]] = {}
         self._last_token_s: dict[str, float] = {}
         self._stepping = False
         self._stopped = False
         self._held: tuple[StepResult, float] | None = None
+        self._when_idle: list[Callable[[], None]] = []
 
     @property
     def now_s(self) -> float:
@@ -64,31 +76,85 @@ class RealTimeEngine:
         """Whether requests are unfinished or tokens undelivered."""
         return self._stepping or self.model.has_work
 
-    def submit(self, request: Request, sink: Sink, n: int = 1) -> None:
-        """Queue a request; its tokens go to ``sink``. ``n``: completions asked for, for the metrics."""
+    @property
+    def unfinished(self) -> int:
+        """Requests whose end nobody has been told."""
+        return len(self._sinks)
+
+    @property
+    def prefilling_tokens(self) -> int:
+        """Prompt tokens of the requests without a token yet."""
+        waiting = [self.model.get(request_id) for request_id in self._sinks if request_id not in self._last_token_s]
+        return sum(request.prompt_tokens for request in waiting if request is not None)
+
+    def submit(self, request: Request, sink: Sink, siblings: Siblings | None = None) -> None:
+        """Queue a request; its tokens go to ``sink``. ``siblings``: the choices of one prompt, where there are more."""
         self.model.add(request)
-        self._sinks[request.request_id] = (sink, n)
-        if not self._stepping and not self._stopped:
-            self._stepping = True
-            self._call_soon(self._wake)
+        self._sinks[request.request_id] = (sink, siblings)
+        self._start()
 
     def finish(self, request_id: str, reason: FinishReason) -> Request | None:
         """End a request now; its sink hears nothing more. Only a stop string counts as an end by the engine."""
         self._last_token_s.pop(request_id, None)
         entry = self._sinks.pop(request_id, None)
         request = self.model.finish(request_id, reason)
-        if request is not None and entry is not None and reason is FinishReason.STOP:
-            self.metrics.observe_finished(request, self._clock(), entry[1])
+        if request is not None and entry is not None:
+            if reason is FinishReason.STOP:
+                self.metrics.observe_finished(request, self._clock(), entry[1])
+            else:
+                self.metrics.forget(request)
         return request
 
     def abort(self, request_id: str) -> bool:
         """End a request by the abort call: its sink gets the reason "abort". False if there is no such request."""
         entry = self._sinks.get(request_id)
+        if entry is None or self.model.get(request_id) is None:
+            return False  # unknown, or its last token is on its way
         request = self.finish(request_id, FinishReason.ABORT)
-        if request is None or entry is None:
-            return False
-        entry[0].token(-1, request)
+        if request is not None:
+            entry[0].token(-1, request)
         return True
+
+    def abort_all(self) -> None:
+        """The engine itself ends every request with the reason "abort", and counts them as ended by it."""
+        now_s = self._clock()
+        for request_id, (sink, siblings) in list(self._sinks.items()):
+            request = self.model.finish(request_id, FinishReason.ABORT)
+            if request is None:
+                continue  # its last token is on its way
+            self._sinks.pop(request_id, None)
+            self._last_token_s.pop(request_id, None)
+            self.metrics.observe_finished(request, now_s, siblings)
+            sink.token(-1, request)
+
+    def pause(self, mode: PauseMode, *, clear_cache: bool, done: Callable[[], None]) -> None:
+        """Stop admitting requests, or with KEEP scheduling any; ``done`` is called once nothing runs.
+
+        ``clear_cache``: forget the prefix cache then; frozen requests are preempted for that, as in vLLM 0.32.
+        """
+        if mode is PauseMode.ABORT:
+            self.abort_all()
+        self.model.paused = Pause.ALL if mode is PauseMode.KEEP else Pause.NEW
+
+        def idle() -> None:
+            if clear_cache:
+                self.model.reset_prefix_cache(preempt=True)
+            done()
+
+        if self.busy:
+            self._when_idle.append(idle)
+        else:
+            idle()
+
+    def resume(self) -> None:
+        """End a pause; frozen requests go on, queued ones start."""
+        self.model.paused = Pause.NONE
+        self._start()
+
+    @property
+    def paused(self) -> bool:
+        """Whether the engine is paused in any way."""
+        return self.model.paused is not Pause.NONE
 
     def stop(self) -> None:
         """Deliver nothing more: running requests fall silent."""
@@ -100,6 +166,7 @@ class RealTimeEngine:
         sinks = [sink for sink, _ in self._sinks.values()]
         self._sinks.clear()
         self._last_token_s.clear()
+        self._when_idle.clear()
         for request in self.model.unfinished():
             self.model.finish(request.request_id, FinishReason.ERROR)
         for sink in sinks:
@@ -119,9 +186,15 @@ class RealTimeEngine:
         self._last_token_s.clear()
         for request in self.model.unfinished():
             self.model.finish(request.request_id, FinishReason.ABORT)
+            self.metrics.forget(request)
         self.model.reset_prefix_cache()
         self.metrics.reset_lateness()
         self.steps_resynced = 0
+
+    def _start(self) -> None:
+        if not self._stepping and not self._stopped and self.model.has_work:
+            self._stepping = True
+            self._call_soon(self._wake)
 
     def _wake(self) -> None:
         self._begin(self._clock())
@@ -130,13 +203,19 @@ class RealTimeEngine:
         if self._stopped or not self.model.has_work:
             self._stepping = False
             if not self._stopped:
-                self.metrics.observe_idle()
-                self.on_idle()
+                self._became_idle()
             return
         result = self.model.step(start_s)
-        self.metrics.observe_step(result)
         due_s = start_s + result.duration_s * self.faults.slow_factor
         self._timer.call_at(due_s, lambda: self._complete(result, due_s))
+
+    def _became_idle(self) -> None:
+        if self.model.paused is not Pause.ALL:
+            self.metrics.load = self.model.load
+        callbacks, self._when_idle = self._when_idle, []
+        for callback in callbacks:
+            callback()
+        self.on_idle()
 
     def _complete(self, result: StepResult, due_s: float) -> None:
         if self._stopped:
@@ -145,6 +224,8 @@ class RealTimeEngine:
         if self.faults.hang:
             self._held = (result, due_s)
             return
+        if result.events and self.on_events is not None:
+            self.on_events(result.events)
         self._deliver(result, due_s)
         now_s = self._clock()
         late_s = now_s - due_s
@@ -154,15 +235,18 @@ class RealTimeEngine:
             self.steps_resynced += 1
             due_s = now_s
         if not self._stopped:
+            self.metrics.observe_step(result)
             self._begin(due_s)
 
     def _deliver(self, result: StepResult, due_s: float) -> None:
         metrics, sinks, last = self.metrics, self._sinks, self._last_token_s
         faults = self.faults
+        delivered = 0
         for request, token in result.tokens:
             entry = sinks.get(request.request_id)
             if entry is None:
                 continue
+            delivered += 1
             metrics.observe_token(request, due_s, last.get(request.request_id))
             if request.finish_reason is None:
                 last[request.request_id] = due_s
@@ -176,6 +260,8 @@ class RealTimeEngine:
                     return
             else:
                 entry[0].token(token, request)
+        if delivered:
+            metrics.observe_iteration(delivered)
 
     def _deliver_faulty(self, sink: Sink, token: int, request: Request) -> None:
         fault = self.faults.next_token(request.finish_reason is not None)

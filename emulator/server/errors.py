@@ -1,5 +1,7 @@
 """Error bodies, word for word as vLLM 0.32 sends them."""
 
+from typing import Any
+
 import msgspec
 
 ENGINE_DEAD_MESSAGE = "EngineCore encountered an issue. See stack trace (above) for the root cause."
@@ -48,7 +50,7 @@ class Invalid(msgspec.Struct, frozen=True, kw_only=True):
     location: str
     message: str
     shown: str
-    context: dict[str, str] | None = None
+    context: dict[str, Any] | None = None
 
     def text(self) -> str:
         """The finding as one line of the message."""

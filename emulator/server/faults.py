@@ -24,11 +24,15 @@ class FaultRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``kind``: die_after_tokens (``tokens``, ``mode``: "process" SIGKILLs the process with all its engines, "engine_core"
     ends streams with vLLM's error event, "abrupt" breaks off its connections), hang, slow (``factor``), refuse
     (listener closed), status (``status`` on generation calls, the next ``count`` ones or all), black_hole (accepts,
-    never answers), corrupt_token, drop_token, double_token (after ``tokens`` more tokens, ``count`` times).
+    never answers), corrupt_token, drop_token, double_token (after ``tokens`` more tokens, ``count`` times),
+    fail_scaling (``step``: "prepare" or "commit" of the next elastic scaling fails). ``rank``: of an engine with
+    data-parallel ranks this one alone; without it all, for die_after_tokens the first.
     """
 
     kind: str
     engine: int = 0
+    rank: int | None = None
+    step: str = "commit"
     tokens: int = 0
     mode: str = "process"
     factor: float = 1.0
@@ -45,7 +49,7 @@ _TOKEN_KINDS = {
     "drop_token": TokenFault.DROP,
     "double_token": TokenFault.DOUBLE,
 }
-KINDS = ("die_after_tokens", "hang", "slow", "refuse", "status", "black_hole", *_TOKEN_KINDS)
+KINDS = ("die_after_tokens", "hang", "slow", "refuse", "status", "black_hole", "fail_scaling", *_TOKEN_KINDS)
 DIE_MODES = ("process", "engine_core", "abrupt")
 
 

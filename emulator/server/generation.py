@@ -14,8 +14,8 @@ import msgspec
 
 from emulator.model import FinishReason, Request
 from emulator.outputs import OutputSource, PlannedOutput, RestrictedChain
-from emulator.server.engine import RealTimeEngine
 from emulator.server.errors import ENGINE_DEAD_EVENT, ApiError, engine_dead
+from emulator.server.group import Lane
 from emulator.server.http import Exchange
 from emulator.server.logprobs import ChoiceLogprobs, Entry
 from emulator.structured import Constraint, ConstraintError
@@ -228,7 +228,7 @@ class Generation:
 
     fast = False
 
-    def __init__(self, exchange: Exchange, engine: RealTimeEngine, call: Call, *, response_id: str, model: str) -> None:
+    def __init__(self, exchange: Exchange, engine: Lane, call: Call, *, response_id: str, model: str) -> None:
         self.exchange = exchange
         self.engine = engine
         self.call = call

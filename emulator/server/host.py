@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,10 +15,14 @@ import msgspec
 from emulator.model import EngineModel
 from emulator.server.admin import AdminApp
 from emulator.server.app import EngineApp
+from emulator.server.elastic import SCALING_STEPS, ElasticSettings
 from emulator.server.engine import RealTimeEngine
-from emulator.server.faults import FaultRequest, Faults
+from emulator.server.faults import FaultError, FaultRequest, Faults
+from emulator.server.group import EngineGroup
 from emulator.server.http import HttpConnection
+from emulator.server.lora import read_modules
 from emulator.server.metrics import EngineMetrics
+from emulator.server.page import PortMetrics
 from emulator.server.settings import EngineSettings, Settings
 from emulator.server.timer import PreciseTimer
 from twofold.model.profile import EngineProfile
@@ -25,33 +30,68 @@ from twofold.model.profile import EngineProfile
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+RANK_DEATH_NOTICED_S = 5.0
+"""From the death of one data-parallel rank until vLLM ends that rank's streams and its server."""
 
 
 class EngineHost:
-    """One engine with its listener."""
+    """The engines of one port, one a data-parallel rank, with their listener."""
 
     def __init__(self, index: int, profile: EngineProfile, settings: Settings, timer: PreciseTimer) -> None:
-        loop = asyncio.get_running_loop()
-        model = EngineModel(profile, policy=settings.scheduling_policy, prefix_caching=settings.prefix_caching)
         self.index = index
         self.port = 0
         self.profile = profile
-        self.metrics = EngineMetrics(model, settings.model)
-        self.engine = RealTimeEngine(model, self.metrics, timer, time.monotonic, loop.call_soon)
-        self.engine.stream_interval_tokens = settings.stream_interval
+        self._settings = settings
+        self._timer = timer
+        self._engine_metrics: list[EngineMetrics] = []
+        self._address = settings.host
+        self._server: asyncio.Server | None = None
+        self.on_idle: Callable[[], None] = lambda: None
+        metrics = PortMetrics(
+            settings.model,
+            self._engine_metrics,
+            time.monotonic,
+            tool_parser=bool(settings.tool_call_parser),
+            max_loras=settings.max_loras if settings.enable_lora else None,
+        )
+        self.group = EngineGroup(
+            [self._make_rank(rank) for rank in range(settings.data_parallel_size)],
+            max_queued_requests=settings.max_num_queued_reqs,
+            max_queued_tokens=settings.max_num_queued_tokens,
+            count_rejection=metrics.count_rejection,
+        )
         self.app = EngineApp(
-            self.engine,
+            self.group,
             EngineSettings(
                 model=settings.model,
                 max_model_len=profile.max_model_len_tokens,
-                dev_mode=settings.enable_dev_mode,
+                dev_mode=settings.enable_dev_mode or _set_in_environment("VLLM_SERVER_DEV_MODE"),
                 scale_out=settings.enable_scale_out,
+                enable_lora=settings.enable_lora,
+                lora_modules=tuple(read_modules(settings.lora_modules).items()),
                 tool_call_parser=settings.tool_call_parser,
             ),
+            metrics,
+            elastic=elastic_settings(settings),
+            make_rank=self._make_rank,
         )
-        self.engine.on_death = self._die
-        self._address = settings.host
-        self._server: asyncio.Server | None = None
+
+    def _make_rank(self, rank: int) -> RealTimeEngine:
+        settings = self._settings
+        model = EngineModel(
+            self.profile,
+            policy=settings.scheduling_policy,
+            prefix_caching=settings.prefix_caching,
+            max_loras=settings.max_loras,
+        )
+        metrics = EngineMetrics(model, settings.model, engine=str(rank))
+        self._engine_metrics[rank : rank + 1] = [metrics]
+        loop = asyncio.get_running_loop()
+        engine = RealTimeEngine(model, metrics, self._timer, time.monotonic, loop.call_soon)
+        engine.stream_interval_tokens = settings.stream_interval
+        engine.on_death = lambda mode: self._die(engine, mode)
+        engine.on_idle = lambda: self.on_idle()
+        return engine
 
     async def listen(self, port: int) -> None:
         """Open the listener. Raises OSError."""
@@ -67,42 +107,84 @@ class EngineHost:
             self._server.close()
             self._server = None
 
+    def ranks_meant(self, rank: int | None) -> list[RealTimeEngine]:
+        """The engine of a rank, or all. Raises FaultError."""
+        if rank is None:
+            return list(self.group.ranks)
+        if not 0 <= rank < len(self.group.ranks):
+            raise FaultError(f"there is no rank {rank}")
+        return [self.group.ranks[rank]]
+
     async def apply_fault(self, request: FaultRequest) -> None:
         """Put a fault in force. Raises FaultError."""
-        faults = self.engine.faults
-        faults.add(request)
-        self.app.black_hole = faults.black_hole
-        if faults.refuse:
+        if request.kind == "fail_scaling":
+            if request.step not in SCALING_STEPS:
+                raise FaultError(f"unknown step {request.step!r}; known: {', '.join(SCALING_STEPS)}")
+            self.app.elastic.fail_next = request.step
+            return
+        ranks = self.ranks_meant(request.rank)
+        for rank in ranks[:1] if request.kind == "die_after_tokens" else ranks:
+            rank.faults.add(request)
+        self.app.black_hole = any(rank.faults.black_hole for rank in self.group.ranks)
+        if any(rank.faults.refuse for rank in ranks):
             self.close_listener()
 
     async def clear_faults(self) -> None:
         """Back to normal; a dead engine stays dead."""
         self.app.black_hole = False
-        self.engine.set_faults(Faults())
-        if self._server is None and not self.engine.dead and not self.app.closing:
+        self.app.elastic.fail_next = ""
+        for rank in self.group.ranks:
+            rank.set_faults(Faults())
+        if self._server is None and not self.group.dead and not self.app.closing:
             await self.listen(self.port)
+
+    def reset(self) -> None:
+        """Drop all requests without a word, the prefix caches and the lateness figures."""
+        for rank in self.group.ranks:
+            rank.reset()
 
     def fall_silent(self) -> None:
         """As vLLM after SIGTERM: no listener, no word to running streams, idle connections closed."""
-        self.engine.stop()
+        for rank in self.group.ranks:
+            rank.stop()
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
         self.app.closing = True
         self.close_listener()
         for connection in list(self.app.connections):
             if connection.idle:
                 connection.close()
 
-    def _die(self, mode: str) -> None:
+    def _die(self, engine: RealTimeEngine, mode: str) -> None:
         if mode == "process":
             os.kill(os.getpid(), signal.SIGKILL)
-        self.app.closing = True
-        self.close_listener()
+        if mode == "engine_core" and len(self.group.ranks) > 1:
+            self._rank_died(engine)
+            return
+        self._stop_listening()
         if mode == "engine_core":
-            self.engine.kill()
-        for connection in list(self.app.connections):
-            if mode == "abrupt":
+            self.group.kill()
+        else:
+            self.group.dead = True
+            for rank in self.group.ranks:
+                rank.stop()
+            for connection in list(self.app.connections):
                 connection.abort()
-            elif connection.idle:
-                connection.close()
+
+    def _rank_died(self, dead: RealTimeEngine) -> None:
+        """One rank of several died: the others end their requests with "abort" at once, its own hear it later."""
+        dead.stop()
+        for rank in self.group.ranks:
+            if rank is not dead:
+                rank.abort_all()
+                rank.stop()
+
+        def noticed() -> None:
+            self._stop_listening()
+            self.group.kill()
+
+        asyncio.get_running_loop().call_later(RANK_DEATH_NOTICED_S, noticed)
 
 
 class Process:
@@ -125,7 +207,7 @@ class Process:
         for host in self.hosts:
             await host.listen(self._settings.port + host.index if self._settings.port else 0)
             host.app.on_connection_closed = self._check_ended
-            host.engine.on_idle = self._check_drained
+            host.on_idle = self._check_drained
         admin_port = await self._listen_admin()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._on_signal)
@@ -181,7 +263,7 @@ class Process:
         self._check_drained()
 
     def _check_drained(self) -> None:
-        if self._signals and all(not host.engine.busy for host in self.hosts):
+        if self._signals and all(not host.group.busy for host in self.hosts):
             self._fall_silent()
 
     def _fall_silent(self) -> None:
@@ -203,6 +285,11 @@ def configured_profile(settings: Settings, profile: EngineProfile) -> EngineProf
         raise ValueError("engines must be at least 1")
     if not settings.time_scale > 0:
         raise ValueError("time-scale must be above 0")
+    if settings.data_parallel_size < 1 or settings.max_loras < 1:
+        raise ValueError("data-parallel-size and max-loras must be at least 1")
+    if min(settings.elastic_ep_prepare_s, settings.elastic_ep_commit_s, settings.num_experts) < 0:
+        raise ValueError("elastic-ep-prepare-s, elastic-ep-commit-s and num-experts must not be negative")
+    read_modules(settings.lora_modules)
     block = profile.block_size_tokens
     capacity = settings.kv_capacity_tokens or profile.kv_capacity_tokens
     usable = (capacity // block - 1) * block
@@ -218,3 +305,20 @@ def configured_profile(settings: Settings, profile: EngineProfile) -> EngineProf
         max_num_seqs=settings.max_num_seqs or profile.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens or profile.max_num_batched_tokens,
     )
+
+
+def elastic_settings(settings: Settings) -> ElasticSettings:
+    """How ``/scale_elastic_ep`` goes, in the emulator's time."""
+    return ElasticSettings(
+        enabled=settings.enable_elastic_ep,
+        max_size=settings.elastic_ep_max_dp_size or settings.data_parallel_size,
+        prepare_s=settings.elastic_ep_prepare_s / settings.time_scale,
+        commit_s=settings.elastic_ep_commit_s / settings.time_scale,
+        drain=settings.elastic_ep_drain_requests or _set_in_environment("VLLM_ELASTIC_EP_DRAIN_REQUESTS"),
+        experts=settings.num_experts,
+        redundant_experts=settings.num_redundant_experts,
+    )
+
+
+def _set_in_environment(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() in ("1", "true")

@@ -22,6 +22,13 @@ TEXT_TYPE = b"text/plain; charset=utf-8"
 SSE_TYPE = b"text/event-stream; charset=utf-8"
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _LAST_CHUNK = b"0\r\n\r\n"
+_METHODS = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT")
+_PREFLIGHT = (
+    b"vary: Origin, Access-Control-Request-Method, Access-Control-Request-Headers, "
+    b"Access-Control-Request-Private-Network\r\n"
+    b"access-control-allow-origin: *\r\naccess-control-allow-methods: %s\r\naccess-control-max-age: 600\r\n"
+    % b", ".join(_METHODS)
+)
 
 _date_cache: tuple[int, bytes] = (0, b"")
 
@@ -46,9 +53,12 @@ class Exchange:
         "keep_alive",
         "method",
         "on_disconnect",
+        "on_end",
         "path",
         "query",
+        "response_bytes",
         "started",
+        "status",
     )
 
     def __init__(self, connection: "HttpConnection", method: str, target: bytes, headers: dict[bytes, bytes]) -> None:
@@ -63,7 +73,12 @@ class Exchange:
         self.chunked = True
         self.started = False
         self.finished = False
+        self.status = 0
+        self.response_bytes = 0
+        """The content length of the response; 0 for a stream."""
         self.on_disconnect: Callable[[], None] | None = None
+        self.on_end: Callable[[Exchange], None] | None = None
+        """Called once, when the response has been written or its client has gone."""
 
     @property
     def paused(self) -> bool:
@@ -92,7 +107,8 @@ class Exchange:
         if content_type is not None:
             head += b"content-type: %s\r\n" % content_type
         if vary:
-            head += b"vary: Origin\r\n"
+            head += self._cross_origin()
+        self.response_bytes = len(body)
         self._finish(head + self._connection_line() + b"\r\n" + body)
 
     def start_stream(self) -> None:
@@ -100,7 +116,8 @@ class Exchange:
         if self.finished:
             return
         self.started = True
-        head = self._head(200, None) + b"content-type: %s\r\nvary: Origin\r\n" % SSE_TYPE + self._connection_line()
+        head = self._head(200, None) + b"content-type: %s\r\n" % SSE_TYPE
+        head += self._cross_origin() + self._connection_line()
         if self.chunked:
             head += b"transfer-encoding: chunked\r\n"
         self.connection.write(head + b"\r\n")
@@ -126,11 +143,33 @@ class Exchange:
         self.finished = True
         if self.on_disconnect is not None:
             self.on_disconnect()
+        self._ended()
 
     def _head(self, status: int, allow: bytes | None) -> bytes:
+        self.status = status
         reason = _REASONS.get(status, b"")
         head = b"HTTP/1.1 %d %s\r\ndate: %s\r\nserver: uvicorn\r\n" % (status, reason, _date())
         return head + (b"allow: %s\r\n" % allow if allow else b"")
+
+    def _cross_origin(self) -> bytes:
+        return (
+            b"access-control-allow-origin: *\r\nvary: Origin\r\n" if b"origin" in self.headers else b"vary: Origin\r\n"
+        )
+
+    def preflight(self) -> bool:
+        """Answer a browser's question whether it may send a request from another origin. False if it asks none."""
+        headers = self.headers
+        if self.method != "OPTIONS" or b"origin" not in headers or b"access-control-request-method" not in headers:
+            return False
+        wanted = headers.get(b"access-control-request-headers")
+        allowed = headers[b"access-control-request-method"] in _METHODS
+        head = self._head(200 if allowed else 400, None) + _PREFLIGHT
+        if wanted is not None:
+            head += b"access-control-allow-headers: %s\r\n" % wanted
+        body = b"OK" if allowed else b"Disallowed CORS method"
+        head += b"content-length: %d\r\ncontent-type: %s\r\n" % (len(body), TEXT_TYPE)
+        self._finish(head + self._connection_line() + b"\r\n" + body)
+        return True
 
     def _connection_line(self) -> bytes:
         return b"" if self.keep_alive else b"connection: close\r\n"
@@ -139,7 +178,13 @@ class Exchange:
         self.finished = True
         self.on_disconnect = None
         self.connection.write(data)
+        self._ended()
         self.connection.exchange_done(self)
+
+    def _ended(self) -> None:
+        if self.on_end is not None:
+            self.on_end(self)
+            self.on_end = None
 
 
 class Listener(Protocol):

@@ -42,7 +42,86 @@ HELP: dict[str, str] = {
         "Histogram of new KV tokens computed during prefill (excluding cached tokens)."
     ),
     "cache_config_info": ("Information of the LLMEngine CacheConfig"),
+    "estimated_flops_per_gpu": (
+        "Estimated number of floating point operations per GPU (for Model Flops Utilization calculations)."
+    ),
+    "estimated_read_bytes_per_gpu": (
+        "Estimated number of bytes read from memory per GPU (for Model Flops Utilization calculations)."
+    ),
+    "estimated_write_bytes_per_gpu": (
+        "Estimated number of bytes written to memory per GPU (for Model Flops Utilization calculations)."
+    ),
+    "external_prefix_cache_queries": (
+        "External prefix cache queries from KV connector cross-instance cache sharing, in terms of number of queried "
+        "tokens."
+    ),
+    "external_prefix_cache_hits": (
+        "External prefix cache hits from KV connector cross-instance cache sharing, in terms of number of cached "
+        "tokens."
+    ),
+    "mm_cache_queries": ("Multi-modal cache queries, in terms of number of queried items."),
+    "mm_cache_hits": ("Multi-modal cache hits, in terms of number of cached items."),
+    "prompt_tokens_cached_by_source": (
+        "Prefix-cache hit tokens by the cache tier that supplied them: device (local HBM), host (offloaded to DRAM), "
+        "disk, p2p (transferred from another vLLM instance) or external_unspecified. Counted at admission; sums to "
+        "vllm:prefix_cache_hits + vllm:external_prefix_cache_hits."
+    ),
+    "admission_rejections": ("Number of admission attempts rejected by a queue limit, by reason."),
+    "lora_requests_info": ("Running stats on lora requests."),
+    "tool_call_parser_invocations": (
+        "Total number of ToolParser invocations. Non-streaming increments once per choice; streaming increments once "
+        "per delta."
+    ),
 }
+HTTP_HELP: dict[str, str] = {
+    "http_requests": "Total number of requests by method, status and handler.",
+    "http_request_size_bytes": (
+        "Content length of incoming requests by handler. Only value of header is respected. Otherwise ignored. No "
+        "percentile calculated. "
+    ),
+    "http_response_size_bytes": (
+        "Content length of outgoing responses by handler. Only value of header is respected. Otherwise ignored. No "
+        "percentile calculated. "
+    ),
+    "http_request_duration_highr_seconds": (
+        "Latency with many buckets but no API specific labels. Made for more accurate percentile calculations. "
+    ),
+    "http_request_duration_seconds": (
+        "Latency with only few buckets by handler. Made to be only used if aggregation by handler is important. "
+    ),
+}
+PROCESS_HELP: dict[str, str] = {
+    "python_gc_objects_collected": "Objects collected during gc",
+    "python_gc_objects_uncollectable": "Uncollectable objects found during GC",
+    "python_gc_collections": "Number of times this generation was collected",
+    "python_info": "Python platform information",
+    "process_virtual_memory_bytes": "Virtual memory size in bytes.",
+    "process_resident_memory_bytes": "Resident memory size in bytes.",
+    "process_start_time_seconds": "Start time of the process since unix epoch in seconds.",
+    "process_cpu_seconds": "Total user and system CPU time spent in seconds.",
+    "process_open_fds": "Number of open file descriptors.",
+    "process_max_fds": "Maximum number of open file descriptors.",
+}
+ESTIMATES = ("estimated_flops_per_gpu", "estimated_read_bytes_per_gpu", "estimated_write_bytes_per_gpu")
+EXTERNAL_CACHES = (
+    "external_prefix_cache_queries",
+    "external_prefix_cache_hits",
+    "mm_cache_queries",
+    "mm_cache_hits",
+)
+CACHE_TIERS = ("device", "host", "p2p", "disk", "external_unspecified")
+ADMISSION_REASONS = ("max_num_queued_reqs", "max_num_queued_tokens")
+TOOL_PARSER_SERIES = tuple(
+    (mode, outcome, kind)
+    for mode in ("streaming", "non_streaming")
+    for outcome in ("tool_call", "no_tool_call")
+    for kind in ("chat_completions", "responses", "other")
+)
+HTTP_DURATIONS_FINE_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5),
+    *(10.0, 30.0, 60.0),
+)
+HTTP_DURATIONS_S = (0.1, 0.5, 1.0)
 CACHE_CONFIG: dict[str, str] = {
     "_block_size_resolved": "True",
     "block_size": "128",

@@ -32,8 +32,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     list_profiles: Annotated[bool, _doc("print the built-in profiles and exit")] = False
     admin_port: Annotated[int | None, _doc("port for statistics and faults, on loopback; 0 picks a free one")] = None
     enable_fault_injection: Annotated[bool, _doc("accept faults on the admin port")] = False
-    enable_dev_mode: Annotated[bool, _doc("serve /reset_prefix_cache as vLLM does in development mode")] = False
-    enable_scale_out: Annotated[bool, _doc("serve /inference/v1/abort_requests")] = False
+    data_parallel_size: Annotated[int, _doc("data-parallel ranks behind each port")] = 1
+    max_num_queued_reqs: Annotated[int | None, _doc("refuse with 503 beyond so many unfinished requests")] = None
+    max_num_queued_tokens: Annotated[int | None, _doc("refuse with 503 from so many tokens in prefill on")] = None
+    enable_lora: Annotated[bool, _doc("serve LoRA adapters, and load and unload them while running")] = False
+    max_loras: Annotated[int, _doc("most adapters in one step")] = 1
+    lora_modules: Annotated[tuple[str, ...], _doc("name=path of an adapter loaded from the start")] = ()
+    enable_elastic_ep: Annotated[bool, _doc("let /scale_elastic_ep change the number of ranks")] = False
+    elastic_ep_max_dp_size: Annotated[int | None, _doc("most ranks; default: those at the start")] = None
+    elastic_ep_prepare_s: Annotated[float, _doc("seconds to load new ranks, while serving goes on")] = 20.0
+    elastic_ep_commit_s: Annotated[float, _doc("seconds of the switch, while every path answers 503")] = 5.0
+    elastic_ep_drain_requests: Annotated[bool, _doc("wait for an empty engine before the switch")] = False
+    num_experts: Annotated[int, _doc("logical experts of the model; 0: no lower limit of ranks")] = 0
+    num_redundant_experts: Annotated[int, _doc("redundant experts at the start")] = 0
+    enable_dev_mode: Annotated[bool, _doc("serve vLLM's development endpoints: pause, sleep, caches, ...")] = False
+    enable_scale_out: Annotated[bool, _doc("serve /inference/v1/* and */render, which answer 403 otherwise")] = False
     tool_call_parser: Annotated[str, _doc("hermes, or nothing to refuse tools as vLLM does without one")] = "hermes"
     shutdown_timeout: Annotated[float, _doc("seconds that running streams get to finish after SIGTERM")] = 0.0
     ready_file: Annotated[str, _doc("file to write the listening ports to, as JSON, once all are open")] = ""
@@ -48,4 +61,6 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     dev_mode: bool = False
     scale_out: bool = False
+    enable_lora: bool = False
+    lora_modules: tuple[tuple[str, str], ...] = ()
     tool_call_parser: str = "hermes"

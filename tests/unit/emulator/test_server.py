@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from emulator.model import EngineModel, FinishReason, Request
 from emulator.server.app import EngineApp
 from emulator.server.engine import RealTimeEngine
+from emulator.server.exposition import Histogram
 from emulator.server.faults import FaultError, FaultRequest, Faults, TokenFault
+from emulator.server.group import EngineGroup
 from emulator.server.host import configured_profile
 from emulator.server.http import Exchange
-from emulator.server.metrics import EngineMetrics, Histogram
+from emulator.server.metrics import EngineMetrics
+from emulator.server.page import PortMetrics
 from emulator.server.settings import EngineSettings, Settings
 from emulator.tokens import ChainChecker, encode
 from twofold import profiles
@@ -92,7 +95,9 @@ def build(**changes: Any) -> tuple[VirtualTime, RealTimeEngine, EngineApp]:
     model = EngineModel(msgspec.structs.replace(PROFILE, **changes))
     metrics = EngineMetrics(model, "tiny")
     engine = RealTimeEngine(model, metrics, time, time.clock, time.call_soon)  # type: ignore[arg-type]
-    return time, engine, EngineApp(engine, EngineSettings(model="tiny", max_model_len=2048))
+    port = PortMetrics("tiny", [metrics], time.clock)
+    app = EngineApp(EngineGroup([engine]), EngineSettings(model="tiny", max_model_len=2048), port)
+    return time, engine, app
 
 
 def call(
@@ -149,7 +154,7 @@ def test_an_idle_engine_schedules_nothing() -> None:
     engine.submit(Request("a", [1], 2), Recorder(time))
     time.run()
     assert not time.step()
-    assert engine.metrics.running == 0
+    assert engine.metrics.load.running == 0
 
 
 def test_finished_from_outside_hears_nothing_more() -> None:
