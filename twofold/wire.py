@@ -49,6 +49,8 @@ def profile_to_proto(profile: EngineProfile) -> pb.EngineProfile:
         max_num_seqs=profile.max_num_seqs,
         max_model_len_tokens=profile.max_model_len_tokens,
         source=profile.source,
+        request_overhead_s=profile.request_overhead_s,
+        request_overhead_per_token_s=profile.request_overhead_per_token_s,
     )
     if profile.usd_per_hour is not None:
         message.usd_per_hour = profile.usd_per_hour
@@ -67,6 +69,7 @@ def profile_from_proto(message: pb.EngineProfile) -> EngineProfile:
         decode_per_kv_token_s=message.law.decode_per_kv_token_s,
         prefill_per_token_s=message.law.prefill_per_token_s,
         prefill_per_token_context_s=message.law.prefill_per_token_context_s,
+        prefill_per_seq_s=message.law.prefill_per_seq_s,
     )
     if law.base_s <= 0 and law.prefill_per_token_s <= 0:
         raise WireError(f"profile {message.name}: law has no time in it")
@@ -86,6 +89,8 @@ def profile_from_proto(message: pb.EngineProfile) -> EngineProfile:
         max_model_len_tokens=message.max_model_len_tokens,
         usd_per_hour=message.usd_per_hour if message.HasField("usd_per_hour") else None,
         source=message.source,
+        request_overhead_s=message.request_overhead_s,
+        request_overhead_per_token_s=message.request_overhead_per_token_s,
     )
 
 

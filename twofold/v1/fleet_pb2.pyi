@@ -72,6 +72,7 @@ class StepLaw(_message.Message):
     DECODE_PER_KV_TOKEN_S_FIELD_NUMBER: _builtins.int
     PREFILL_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
     PREFILL_PER_TOKEN_CONTEXT_S_FIELD_NUMBER: _builtins.int
+    PREFILL_PER_SEQ_S_FIELD_NUMBER: _builtins.int
     base_s: _builtins.float
     """Seconds of a step that does nothing else."""
     decode_per_seq_s: _builtins.float
@@ -82,6 +83,8 @@ class StepLaw(_message.Message):
     """Seconds per prompt token."""
     prefill_per_token_context_s: _builtins.float
     """Seconds per prompt token and token before it (attention)."""
+    prefill_per_seq_s: _builtins.float
+    """Seconds per prompt (or chunk of one) in a step, whatever its length."""
     def __init__(
         self,
         *,
@@ -90,10 +93,11 @@ class StepLaw(_message.Message):
         decode_per_kv_token_s: _builtins.float = ...,
         prefill_per_token_s: _builtins.float = ...,
         prefill_per_token_context_s: _builtins.float = ...,
+        prefill_per_seq_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "decode_per_kv_token_s", b"decode_per_kv_token_s", "decode_per_seq_s", b"decode_per_seq_s", "prefill_per_token_context_s", b"prefill_per_token_context_s", "prefill_per_token_s", b"prefill_per_token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "decode_per_kv_token_s", b"decode_per_kv_token_s", "decode_per_seq_s", b"decode_per_seq_s", "prefill_per_seq_s", b"prefill_per_seq_s", "prefill_per_token_context_s", b"prefill_per_token_context_s", "prefill_per_token_s", b"prefill_per_token_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -120,6 +124,8 @@ class EngineProfile(_message.Message):
     MAX_MODEL_LEN_TOKENS_FIELD_NUMBER: _builtins.int
     USD_PER_HOUR_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    REQUEST_OVERHEAD_S_FIELD_NUMBER: _builtins.int
+    REQUEST_OVERHEAD_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique key, for example "h100-8b-tp1"."""
     gpu: _builtins.str
@@ -148,6 +154,10 @@ class EngineProfile(_message.Message):
     """Price of the whole engine, US dollars per hour; absent when not known."""
     source: _builtins.str
     """Where the constants come from."""
+    request_overhead_s: _builtins.float
+    """Seconds that the API server adds to the time to first token of a request."""
+    request_overhead_per_token_s: _builtins.float
+    """The same per token of its prompt."""
     @_builtins.property
     def law(self) -> Global___StepLaw:
         """Its speed."""
@@ -170,10 +180,12 @@ class EngineProfile(_message.Message):
         max_model_len_tokens: _builtins.int = ...,
         usd_per_hour: _builtins.float | None = ...,
         source: _builtins.str = ...,
+        request_overhead_s: _builtins.float = ...,
+        request_overhead_per_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour", "law", b"law", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour", "block_size_tokens", b"block_size_tokens", "data_parallel", b"data_parallel", "expert_parallel", b"expert_parallel", "gpu", b"gpu", "kv_capacity_tokens", b"kv_capacity_tokens", "law", b"law", "max_model_len_tokens", b"max_model_len_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_class", b"model_class", "name", b"name", "pipeline_parallel", b"pipeline_parallel", "source", b"source", "tensor_parallel", b"tensor_parallel", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour", "block_size_tokens", b"block_size_tokens", "data_parallel", b"data_parallel", "expert_parallel", b"expert_parallel", "gpu", b"gpu", "kv_capacity_tokens", b"kv_capacity_tokens", "law", b"law", "max_model_len_tokens", b"max_model_len_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_class", b"model_class", "name", b"name", "pipeline_parallel", b"pipeline_parallel", "request_overhead_per_token_s", b"request_overhead_per_token_s", "request_overhead_s", b"request_overhead_s", "source", b"source", "tensor_parallel", b"tensor_parallel", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__usd_per_hour: _TypeAlias = _typing.Literal["usd_per_hour"]  # noqa: Y015
     _WhichOneofArgType__usd_per_hour: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour"]  # noqa: Y015

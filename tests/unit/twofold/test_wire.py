@@ -31,6 +31,7 @@ laws = st.builds(
     decode_per_kv_token_s=seconds,
     prefill_per_token_s=seconds,
     prefill_per_token_context_s=seconds,
+    prefill_per_seq_s=seconds,
 )
 profiles = st.builds(
     EngineProfile,
@@ -41,6 +42,8 @@ profiles = st.builds(
     kv_capacity_tokens=counts,
     max_num_batched_tokens=st.integers(1, 2**20),
     usd_per_hour=st.none() | seconds,
+    request_overhead_s=seconds,
+    request_overhead_per_token_s=seconds,
 )
 targets = st.builds(
     Target,
