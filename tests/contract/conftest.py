@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from .registry import Tally, counts, different, tally_into
+
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine is and what it serves."""
@@ -93,3 +95,20 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 def engine_url(engine: Engine) -> str:
     """The URL of each engine under test."""
     return engine.url
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Notes whether a recorded exchange was repeated equally; see ``registry``."""
+    return tally_into(request.node.user_properties)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add the findings of all processes up: properties travel with the reports of pytest-xdist too."""
+    reports = [report for group in ("passed", "failed", "xfailed") for report in terminalreporter.stats.get(group, [])]
+    properties = [item for report in reports for item in getattr(report, "user_properties", ())]
+    found = counts(properties)
+    if found:
+        for line in different(properties):
+            terminalreporter.write_line(f"different: {line}")
+        terminalreporter.write_line(f"RESULT {json.dumps(found)}")
