@@ -118,6 +118,13 @@ class EngineModel:
         """The engine as it stands."""
         return Load(len(self.running), len(self.waiting), self.waiting.num_deferred, self.pool.usage)
 
+    def idle_until_s(self, now_s: float) -> float | None:
+        """When the next request is ready, where nothing can run before; None where a step does something at ``now_s``."""
+        if self.running or self.paused is not Pause.NONE:
+            return None
+        request = self.waiting.peek()
+        return request.ready_s if request is not None and request.ready_s > now_s else None
+
     def get(self, request_id: str) -> Request | None:
         """The unfinished request with this id."""
         return self._requests.get(request_id)
@@ -227,7 +234,7 @@ class EngineModel:
         adapters = {request.adapter.adapter_id for request in scheduled if request.adapter is not None}
         while budget > 0 and len(self.running) < self.profile.max_num_seqs:
             request = self.waiting.peek()
-            if request is None:
+            if request is None or request.ready_s > now_s:
                 break
             adapter = request.adapter
             if adapter is not None and len(adapters) >= self._max_loras and adapter.adapter_id not in adapters:
@@ -318,6 +325,7 @@ class EngineModel:
                 decodes += 1
                 context += request.computed_tokens
             else:
+                prefill_s += law.prefill_per_seq_s
                 prefill_s += law.prefill_work_s(request.scheduled_tokens, request.computed_tokens)
         return law.decode_s(decodes, context) + prefill_s, decodes
 

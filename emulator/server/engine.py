@@ -89,6 +89,7 @@ class RealTimeEngine:
 
     def submit(self, request: Request, sink: Sink, siblings: Siblings | None = None) -> None:
         """Queue a request; its tokens go to ``sink``. ``siblings``: the choices of one prompt, where there are more."""
+        request.ready_s = request.arrival_s + self.model.profile.overhead_s(request.prompt_tokens)
         self.model.add(request)
         self._sinks[request.request_id] = (sink, siblings)
         self._start()
@@ -204,6 +205,10 @@ class RealTimeEngine:
             self._stepping = False
             if not self._stopped:
                 self._became_idle()
+            return
+        ready_s = self.model.idle_until_s(start_s)
+        if ready_s is not None:
+            self._timer.call_at(ready_s, lambda: self._begin(ready_s))
             return
         result = self.model.step(start_s)
         due_s = start_s + result.duration_s * self.faults.slow_factor

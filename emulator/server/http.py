@@ -56,6 +56,7 @@ class Exchange:
         "on_end",
         "path",
         "query",
+        "received_s",
         "response_bytes",
         "started",
         "status",
@@ -69,6 +70,8 @@ class Exchange:
         self.query = query.decode("latin-1")
         self.headers = headers
         self.body = b""
+        self.received_s = 0.0
+        """When the last byte of the request came, on the monotonic clock; 0 if unknown."""
         self.keep_alive = True
         self.chunked = True
         self.started = False
@@ -313,6 +316,7 @@ class HttpConnection(asyncio.Protocol):
         if exchange is None or self._transport is None or self._transport.is_closing():
             return
         exchange.body = b"".join(self._body)
+        exchange.received_s = time.monotonic()
         self._body = []
         if self._current is None:
             self._current = exchange
