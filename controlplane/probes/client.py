@@ -1,21 +1,26 @@
 """One probe of one worker: what is asked, within which bounds, and what it means."""
 
 import asyncio
+import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlencode
 
-import aiohttp
 import msgspec
 
 from controlplane.fleet.values import ProbeOutcome, RankSample
-from controlplane.probes.exposition import Readings, parse
+from controlplane.probes.exposition import NAMES, Readings, parse
+from controlplane.probes.http import HttpClient, HttpError, Reply, TooLarge
 from twofold.model.fleet import EngineFacts, HashAlgorithm
 
 MAX_METRICS_BYTES = 4 << 20
 MAX_SMALL_BYTES = 256 << 10
 MAX_NAMES = 1024
+MAX_REMEMBERED = 16_384
+NAMED_METRICS = "/metrics/?" + urlencode([("name[]", name) for name in NAMES])
 CONNECT_TIMEOUT_S = 2.0
 REQUEST_TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 6.0
@@ -49,36 +54,47 @@ class ProbeClient:
         self, *, request_timeout_s: float = REQUEST_TIMEOUT_S, probe_timeout_s: float = PROBE_TIMEOUT_S
     ) -> None:
         self._probe_timeout_s = probe_timeout_s
-        self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=request_timeout_s, connect=CONNECT_TIMEOUT_S),
-            connector=aiohttp.TCPConnector(limit=512, limit_per_host=2, ttl_dns_cache=30, keepalive_timeout=30),
-            # Uncompressed answers only: a small compressed body could unfold to a huge one.
-            headers={"user-agent": "twofold-controlplane", "accept-encoding": "identity"},
-            auto_decompress=False,
-            max_line_size=16_384,
-            max_field_size=16_384,
-        )
+        self._http = HttpClient(connect_timeout_s=CONNECT_TIMEOUT_S, request_timeout_s=request_timeout_s)
+        self._whole: dict[str, None] = {}
+        """Workers that do not answer named series alone; asked again after a failed probe."""
 
     async def close(self) -> None:
-        """Close the session."""
-        await self._session.close()
+        """Close all connections."""
+        await self._http.close()
 
     async def probe(self, url: str, known: EngineFacts | None, model: str) -> Finding:
         """Health and metrics of the worker at ``url``, and its facts when ``known`` is None. Never raises."""
         try:
             async with asyncio.timeout(self._probe_timeout_s):
                 await self._get(url, "/health", MAX_SMALL_BYTES)
-                readings = parse(await self._get(url, "/metrics", MAX_METRICS_BYTES))
+                readings = await self._scrape(url)
                 facts = await self._facts(url, readings, model) if known is None else None
         except _Scaling:
             return Finding(outcome=ProbeOutcome.RECONFIGURING, message="the engine is scaling (503 on every path)")
-        except ProbeError as error:
-            return Finding(outcome=ProbeOutcome.FAILED, message=str(error)[:300])
+        except (ProbeError, HttpError) as error:
+            return self._failed(url, str(error))
         except TimeoutError:
-            return Finding(outcome=ProbeOutcome.FAILED, message="no answer in time")
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Finding(outcome=ProbeOutcome.FAILED, message=_cause(error))
+            return self._failed(url, "no answer in time")
+        except (OSError, ValueError) as error:
+            return self._failed(url, _cause(error))
         return Finding(outcome=ProbeOutcome.OK, readings=readings, facts=facts)
+
+    def _failed(self, url: str, message: str) -> Finding:
+        self._whole.pop(url, None)
+        return Finding(outcome=ProbeOutcome.FAILED, message=message[:300])
+
+    async def _scrape(self, url: str) -> Readings:
+        """The needed series; by name where the engine can (vLLM: below ``/metrics/``), else out of all of them."""
+        if url not in self._whole:
+            with contextlib.suppress(ProbeError):
+                readings = parse(await self._get(url, NAMED_METRICS, MAX_METRICS_BYTES))
+                if readings.ranks:
+                    return readings
+        readings = parse(await self._get(url, "/metrics", MAX_METRICS_BYTES))
+        while len(self._whole) >= MAX_REMEMBERED:
+            del self._whole[next(iter(self._whole))]
+        self._whole[url] = None
+        return readings
 
     async def _facts(self, url: str, readings: Readings, model: str) -> EngineFacts:
         models, adapters, paths, length = _models(_json(await self._get(url, "/v1/models", MAX_SMALL_BYTES)))
@@ -100,7 +116,7 @@ class ProbeClient:
         """The answer to a question that an engine may not know; "" when it does not."""
         try:
             return str(await ask())
-        except (ProbeError, aiohttp.ClientError, TimeoutError, ValueError):
+        except (ProbeError, HttpError, OSError, TimeoutError, ValueError):
             return ""
 
     async def _version(self, url: str) -> str:
@@ -110,32 +126,31 @@ class ProbeClient:
 
     async def _tokenizer_digest(self, url: str, model: str) -> str:
         body = {"model": model, "prompt": TOKENIZER_PROBE, "add_special_tokens": False}
-        async with self._session.post(f"{url}/tokenize", json=body, allow_redirects=False) as reply:
-            answer = _json(await _read(reply, "/tokenize", MAX_SMALL_BYTES))
+        reply = await self._http.post_json(url, "/tokenize", msgspec.json.encode(body), MAX_SMALL_BYTES)
+        answer = _json(_checked(reply, "/tokenize"))
         ids = answer.get("tokens") if isinstance(answer, dict) else None
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
             return ""
         return hashlib.sha256(b"".join(i.to_bytes(4, "little") for i in ids)).hexdigest()[:32]
 
     async def _get(self, url: str, path: str, limit: int) -> bytes:
-        async with self._session.get(f"{url.rstrip('/')}{path}", allow_redirects=False) as reply:
-            return await _read(reply, path, limit)
+        try:
+            reply = await self._http.get(url, path, limit)
+        except TooLarge as error:
+            raise ProbeError(f"{_shown(path)} answered {error}") from None
+        return _checked(reply, path)
 
 
-async def _read(reply: aiohttp.ClientResponse, path: str, limit: int) -> bytes:
-    chunks, size = [], 0
-    async for chunk in reply.content.iter_chunked(65_536):
-        size += len(chunk)
-        if size > limit:
-            reply.close()
-            raise ProbeError(f"{path} answered more than {limit} bytes")
-        chunks.append(chunk)
-    body = b"".join(chunks)
-    if reply.status == 503 and _SCALING.search(body[:4096]):
+def _checked(reply: Reply, path: str) -> bytes:
+    if reply.status == 503 and _SCALING.search(reply.body[:4096]):
         raise _Scaling
     if reply.status != 200:
-        raise ProbeError(f"{path} answered {reply.status}")
-    return body
+        raise ProbeError(f"{_shown(path)} answered {reply.status}")
+    return reply.body
+
+
+def _shown(path: str) -> str:
+    return path.partition("?")[0]
 
 
 def samples(readings: Readings, inflight: Callable[[int], tuple[int, int]]) -> tuple[RankSample, ...]:
@@ -157,7 +172,7 @@ def samples(readings: Readings, inflight: Callable[[int], tuple[int, int]]) -> t
 
 
 def _models(answer: Any) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], int]:
-    """Served names, adapter names, their paths and model length out of /v1/models. Raises ProbeError when it is none."""
+    """Served names, adapters, their paths and model length out of /v1/models. Raises ProbeError when it is none."""
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list):
         raise ProbeError("/v1/models answered no list of models")
@@ -196,6 +211,6 @@ def _algorithm(text: str) -> HashAlgorithm:
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.strerror:
-        return f"cannot connect: {error.os_error.strerror}"
-    return f"{type(error).__name__}: {error}"[:300]
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot connect: {os.strerror(error.errno)}"
+    return f"{type(error).__name__}: {error}"
