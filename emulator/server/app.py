@@ -1,6 +1,5 @@
 """The HTTP surface of one engine: its routes, and what each answers."""
 
-import json
 import logging
 import secrets
 import time
@@ -16,12 +15,14 @@ from emulator.server.dev import DevRoutes
 from emulator.server.elastic import SCALING, ElasticScaling, ElasticSettings
 from emulator.server.engine import RealTimeEngine
 from emulator.server.errors import SHUT_DOWN_MESSAGE, ApiError, engine_dead, error_body, validation_error
+from emulator.server.generate import GenerateGeneration
 from emulator.server.generation import DONE_EVENT, Call, Generation, dumps, new_id
 from emulator.server.group import EngineGroup, Lane
 from emulator.server.http import Exchange, HttpConnection
 from emulator.server.lora import Adapters
 from emulator.server.page import PortMetrics
 from emulator.server.responses import ResponsesGeneration, parse_responses
+from emulator.server.scale_out import ScaleOutRoutes
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import Body, convert_fields, finding, read_body
 
@@ -77,7 +78,7 @@ class EngineApp:
             "/v1/messages": {"POST": self._messages},
             "/v1/messages/count_tokens": {"POST": self._count_tokens},
             "/v1/responses": {"POST": self._responses},
-            "/inference/v1/abort_requests": {"POST": self._abort_requests},
+            **ScaleOutRoutes(self).routes(),
             **self.elastic.routes(),
         }
         if settings.enable_lora:
@@ -147,7 +148,7 @@ class EngineApp:
 
     def _tokenize(self, exchange: Exchange) -> None:
         body = read_body(exchange)
-        self._check_model(body)
+        self.check_model(body)
         if "messages" in body:
             if not isinstance(body["messages"], list):
                 raise validation_error([finding("list_type", "body.messages", body["messages"])])
@@ -168,7 +169,7 @@ class EngineApp:
 
     def _detokenize(self, exchange: Exchange) -> None:
         body = read_body(exchange)
-        self._check_model(body)
+        self.check_model(body)
         ids = body.get("tokens")
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
             kind = "missing" if ids is None else "list_type"
@@ -178,35 +179,30 @@ class EngineApp:
         exchange.respond(200, dumps({"prompt": tokens.decode(ids)}))
 
     def _completions(self, exchange: Exchange) -> None:
-        if self._answered_by_fault(exchange):
+        if self.answered_by_fault(exchange):
             return
         body = read_body(exchange)
         completions.validate(body)
-        self._check_model(body)
-        self._check_engine(body.get("n"))
-        call = completions.parse(body, self.settings, self._priority(exchange, body))
-        lane = self._lane(exchange, body)
-        if self.draining:
-            self._refuse_while_draining(exchange, call.stream)
-            return
+        self.check_model(body)
+        self.check_engine(body.get("n"))
+        call = completions.parse(body, self.settings, self.priority(exchange, body))
         echo_only = call.echo and body.get("max_tokens") == 0
-        response_id = f"cmpl-{self._request_id(exchange, body)}"
-        model = self._served_name(body)
-        self._run(CompletionGeneration(exchange, lane, call, response_id=response_id, model=model, echo_only=echo_only))
+        response_id = f"cmpl-{self.request_id(exchange, body)}"
+        self.admit(exchange, body, CompletionGeneration, call, response_id, echo_only=echo_only)
 
     def _chat(self, exchange: Exchange) -> None:
-        if self._answered_by_fault(exchange):
+        if self.answered_by_fault(exchange):
             return
         body = read_body(exchange)
         chat.validate(body)
-        self._check_model(body)
-        self._check_engine(body.get("n"))
-        call = chat.parse(body, self.settings, self._priority(exchange, body))
-        response_id = f"chatcmpl-{self._request_id(exchange, body)}"
-        self._admit(exchange, body, ChatGeneration, call, response_id)
+        self.check_model(body)
+        self.check_engine(body.get("n"))
+        call = chat.parse(body, self.settings, self.priority(exchange, body))
+        response_id = f"chatcmpl-{self.request_id(exchange, body)}"
+        self.admit(exchange, body, ChatGeneration, call, response_id)
 
     def _messages(self, exchange: Exchange) -> None:
-        if self._answered_by_fault(exchange):
+        if self.answered_by_fault(exchange):
             return
         body = read_body(exchange)
         converted = parse_messages(body)
@@ -215,9 +211,9 @@ class EngineApp:
             anthropic = {"type": "error", "error": {"type": error.type, "message": error.message}}
             exchange.respond(error.status, dumps(anthropic))
             return
-        self._check_engine()
-        call = chat.parse(converted, self.settings, self._priority(exchange, body))
-        self._admit(exchange, body, MessagesGeneration, call, f"chatcmpl-{self._request_id(exchange, body)}")
+        self.check_engine()
+        call = chat.parse(converted, self.settings, self.priority(exchange, body))
+        self.admit(exchange, body, MessagesGeneration, call, f"chatcmpl-{self.request_id(exchange, body)}")
 
     def _count_tokens(self, exchange: Exchange) -> None:
         body = read_body(exchange)
@@ -226,37 +222,19 @@ class EngineApp:
         exchange.respond(200, dumps({"input_tokens": len(ids), "context_management": context}))
 
     def _responses(self, exchange: Exchange) -> None:
-        if self._answered_by_fault(exchange):
+        if self.answered_by_fault(exchange):
             return
         body = read_body(exchange)
         converted = parse_responses(body)
-        self._check_model(body)
-        self._check_engine()
-        call = chat.parse(converted, self.settings, self._priority(exchange, body))
-        self._admit(exchange, body, ResponsesGeneration, call, f"resp_{self._request_id(exchange, body)}")
+        self.check_model(body)
+        self.check_engine()
+        call = chat.parse(converted, self.settings, self.priority(exchange, body))
+        self.admit(exchange, body, ResponsesGeneration, call, f"resp_{self.request_id(exchange, body)}")
 
     def _missing_response(self, exchange: Exchange) -> None:
         response_id = exchange.path.removeprefix("/v1/responses/")
         message = f"Response with id '{response_id}' not found."
         exchange.respond(404, error_body(message, "invalid_request_error", "response_id", 404))
-
-    def _abort_requests(self, exchange: Exchange) -> None:
-        self.check_scale_out()
-        try:
-            body = json.loads(exchange.body)
-        except ValueError as error:
-            raise ApiError(f"JSON decode error: {error}", type_="Bad Request") from None
-        wanted = body.get("request_ids") if isinstance(body, dict) else None
-        if not isinstance(wanted, list):
-            raise ApiError("Missing 'request_ids' in request body", type_="Bad Request")
-        self.abort_named(wanted)
-        exchange.respond(200, content_type=None)
-
-    def check_scale_out(self) -> None:
-        """Raises ApiError (403) unless the scale-out endpoints are enabled."""
-        if not self.settings.scale_out:
-            message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
-            raise ApiError(message, status=403, type_="PermissionDeniedError")
 
     def abort_named(self, wanted: Collection[str]) -> int:
         """End the requests with these ids, as vLLM calls them; returns how many sequences that were."""
@@ -274,12 +252,16 @@ class EngineApp:
         choices = [(generation, choice) for generation in self._generations for choice in generation.choices]
         return sum(generation.engine.abort(choice.engine_id) for generation, choice in choices)
 
-    def _admit(self, exchange: Exchange, body: Body, kind: type[Generation], call: Call, response_id: str) -> None:
+    def admit(
+        self, exchange: Exchange, body: Body, kind: type[Generation], call: Call, response_id: str, **options: Any
+    ) -> None:
+        """Run a call as ``kind``, or refuse it: the last step of every generation endpoint. Raises ApiError."""
         lane = self._lane(exchange, body)
         if self.draining:
-            self._refuse_while_draining(exchange, stream=False)
+            late = kind in (CompletionGeneration, GenerateGeneration)  # they fail once their stream has begun
+            self._refuse_while_draining(exchange, stream=call.stream and late)
             return
-        self._run(kind(exchange, lane, call, response_id=response_id, model=self._served_name(body)))
+        self._run(kind(exchange, lane, call, response_id=response_id, model=self._served_name(body), **options))
 
     def _run(self, generation: Generation) -> None:
         self.active += 1
@@ -300,7 +282,8 @@ class EngineApp:
         else:
             exchange.respond(500, error_body(SHUT_DOWN_MESSAGE, "InternalServerError", None, 500), vary=False)
 
-    def _answered_by_fault(self, exchange: Exchange) -> bool:
+    def answered_by_fault(self, exchange: Exchange) -> bool:
+        """Whether a planted fault has answered the request."""
         status = self.group.ranks[0].faults.take_status()
         if status:
             exchange.respond(status, error_body("injected fault", "InternalServerError", None, status))
@@ -313,7 +296,8 @@ class EngineApp:
         adapter = self.adapters.get(body.get("model"))
         return self.settings.model if adapter is None else adapter.name
 
-    def _check_engine(self, n: int | None = None) -> None:
+    def check_engine(self, n: int | None = None) -> None:
+        """Raises ApiError where the engine is dead or takes no call of ``n`` sequences."""
         if self.group.dead:
             raise engine_dead()
         self.group.check_admission(n or 1)
@@ -321,7 +305,8 @@ class EngineApp:
     def _lane(self, exchange: Exchange, body: Body) -> Lane:
         return Lane(self.group, self._rank(exchange), self.adapters.get(body.get("model")))
 
-    def _check_model(self, body: Body) -> None:
+    def check_model(self, body: Body) -> None:
+        """Raises ApiError for a model that is not served."""
         findings = convert_fields(body, {"model": "str"})
         if findings:
             raise validation_error(findings)
@@ -345,7 +330,8 @@ class EngineApp:
             raise ApiError(f"data_parallel_rank {number} is out of range [0, {size}).")
         return number
 
-    def _priority(self, exchange: Exchange, body: Body) -> int:
+    def priority(self, exchange: Exchange, body: Body) -> int:
+        """The priority of a request: of its header, else of its body."""
         header = exchange.header(b"x-vllm-priority")
         if header is not None:
             try:
@@ -354,7 +340,8 @@ class EngineApp:
                 pass
         return body.get("priority") or 0
 
-    def _request_id(self, exchange: Exchange, body: Body) -> str:
+    def request_id(self, exchange: Exchange, body: Body) -> str:
+        """The id of a request: of its header, else of its body, else a new one."""
         return exchange.header(b"x-request-id") or str(body.get("request_id") or new_id())
 
 

@@ -13,11 +13,13 @@ from emulator.server.generation import (
     dumps,
     usage_numbers,
 )
+from emulator.server.hermes import HermesStream, new_call_id
+from emulator.server.hermes import parse as parse_calls
 from emulator.server.http import Exchange
 from emulator.server.logprobs import chat_shape, prompt_entries, prompt_shape
 from emulator.server.sampling import build_call
 from emulator.server.settings import EngineSettings
-from emulator.server.tools import ToolStream, check_tool_choice, finish_reason, new_call_id, plan_tool
+from emulator.server.tools import check_tool_choice, finish_reason, plan_tool
 from emulator.server.validation import (
     CHAT_FIELDS,
     Body,
@@ -116,7 +118,7 @@ class ChatGeneration(Generation):
         super().__init__(exchange, *args, **kwargs)
         call = self.call
         self.fast = call.stream and call.plain
-        self._tools: dict[int, ToolStream] = {}
+        self._parsers: dict[int, HermesStream] = {}
         self._prefix = (
             f'{{"id":{dumps(self.response_id).decode()},"object":"chat.completion.chunk","created":{self.created_s},'
             f'"model":{dumps(self.model).decode()},"choices":[{{"index":'
@@ -165,11 +167,12 @@ class ChatGeneration(Generation):
         self.send_event(event + b"}")
 
     def _delta(self, choice: Choice, text: str) -> dict[str, Any]:
-        plan = self.call.tool
-        if plan is None:
+        if self.call.tool is None:
             return {"content": text} if text else {}
-        calls = self._tools.setdefault(choice.index, ToolStream(plan)).take(text)
-        return {"content": None, "tool_calls": calls} if calls else {}
+        content, calls = self._parsers.setdefault(choice.index, HermesStream()).take(text)
+        if calls:
+            return {"content": content, "tool_calls": calls}
+        return {"content": content} if content else {}
 
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
         best = self.call.logprobs
@@ -211,53 +214,91 @@ class ChatGeneration(Generation):
         """The body of an answer that is not streamed."""
         call = self.call
         choices = [
-            {
-                "index": choice.index,
-                "message": self._message(choice),
-                "logprobs": self._logprobs(choice),
-                "finish_reason": finish_reason(call.tool, choice.finish_reason),
-                "stop_reason": choice.stop_reason,
-                "token_ids": choice.token_ids if call.return_token_ids else None,
-                "routed_experts": None,
-            }
+            chat_choice(
+                choice.index,
+                self._message(choice),
+                self._logprobs(choice),
+                finish_reason(call.tool, choice.finish_reason),
+                choice.stop_reason,
+                choice.token_ids if call.return_token_ids else None,
+            )
             for choice in self.choices
         ]
-        return dumps(
-            {
-                "id": self.response_id,
-                "object": "chat.completion",
-                "created": self.created_s,
-                "model": self.model,
-                "choices": choices,
-                "service_tier": None,
-                "system_fingerprint": FINGERPRINT,
-                "usage": whole_usage(self, created_cache_tokens=0),
-                "prompt_logprobs": self._prompt_logprobs(),
-                "prompt_token_ids": call.prompts[0] if call.return_token_ids else None,
-                "prompt_text": None,
-                "kv_transfer_params": self.kv_transfer_params(),
-                "ec_transfer_params": None,
-                "metrics": None,
-            }
+        answer = chat_answer(
+            choices,
+            id=self.response_id,
+            created=self.created_s,
+            model=self.model,
+            system_fingerprint=FINGERPRINT,
+            usage=whole_usage(self, created_cache_tokens=0),
+            prompt_logprobs=self._prompt_logprobs(),
+            prompt_token_ids=call.prompts[0] if call.return_token_ids else None,
+            kv_transfer_params=self.kv_transfer_params(),
         )
+        return dumps(answer)
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        plan = self.call.tool
-        made = plan is not None and choice.finish_reason == "stop"
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": self.call.echo_text + ("" if made else choice.text),
-            "refusal": None,
-            "annotations": None,
-            "audio": None,
-            "function_call": None,
-        }
-        if plan is not None and made:
-            function = {"name": plan.name, "arguments": plan.arguments}
-            message["tool_calls"] = [{"id": new_call_id(), "type": "function", "function": function}]
-        message["reasoning"] = None
-        return message
+        if self.call.tool is None:
+            return message(self.call.echo_text + choice.text)
+        content, calls = parse_calls(choice.text)
+        shown = [
+            {"id": new_call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+        return message(self.call.echo_text + (content or ""), shown)
 
     def _prompt_logprobs(self) -> list[dict[str, Any] | None] | None:
         best = self.call.prompt_logprobs
         return None if best is None else prompt_shape(prompt_entries(self.call.prompts[0], best))
+
+
+def message(content: str | None, calls: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """An assistant's message."""
+    shown: dict[str, Any] = {
+        "role": "assistant",
+        "content": content,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+    }
+    if calls:
+        shown["tool_calls"] = calls
+    shown["reasoning"] = None
+    return shown
+
+
+def chat_choice(
+    index: int, shown: dict[str, Any], logprobs: Any, reason: str | None, stop_reason: Any, ids: list[int] | None
+) -> dict[str, Any]:
+    """A choice of an answer that is not streamed."""
+    return {
+        "index": index,
+        "message": shown,
+        "logprobs": logprobs,
+        "finish_reason": reason,
+        "stop_reason": stop_reason,
+        "token_ids": ids,
+        "routed_experts": None,
+    }
+
+
+def chat_answer(choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """An answer that is not streamed; ``fields``: those that are not null."""
+    answer: dict[str, Any] = {
+        "id": None,
+        "object": "chat.completion",
+        "created": None,
+        "model": None,
+        "choices": choices,
+        "service_tier": None,
+        "system_fingerprint": None,
+        "usage": None,
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
+        "prompt_text": None,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
+    return answer | fields

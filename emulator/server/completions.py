@@ -171,37 +171,28 @@ class CompletionGeneration(Generation):
     def whole_body(self) -> bytes:
         """The body of an answer that is not streamed."""
         call = self.call
-        choices = []
-        for choice in self.choices:
-            prompt = call.prompts[choice.prompt_index]
-            choices.append(
-                {
-                    "index": choice.index,
-                    "text": self._echoed(prompt, choice.text) if call.echo else choice.text,
-                    "logprobs": self._logprobs(choice, prompt),
-                    "finish_reason": choice.finish_reason,
-                    "stop_reason": choice.stop_reason,
-                    "token_ids": choice.token_ids if call.return_token_ids else None,
-                    "prompt_logprobs": self._prompt_logprobs(choice.prompt_index),
-                    "prompt_token_ids": prompt if call.return_token_ids else None,
-                    "routed_experts": None,
-                }
+        choices = [
+            completion_choice(
+                choice.index,
+                self._echoed(call.prompts[choice.prompt_index], choice.text) if call.echo else choice.text,
+                self._logprobs(choice, call.prompts[choice.prompt_index]),
+                (choice.finish_reason, choice.stop_reason),
+                token_ids=choice.token_ids if call.return_token_ids else None,
+                prompt_logprobs=self._prompt_logprobs(choice.prompt_index),
+                prompt_token_ids=call.prompts[choice.prompt_index] if call.return_token_ids else None,
             )
-        return dumps(
-            {
-                "id": self.response_id,
-                "object": "text_completion",
-                "created": self.created_s,
-                "model": self.model,
-                "choices": choices,
-                "service_tier": None,
-                "system_fingerprint": FINGERPRINT,
-                "usage": whole_usage(self, created_cache_tokens=None),
-                "kv_transfer_params": self.kv_transfer_params(),
-                "ec_transfer_params": None,
-                "metrics": None,
-            }
+            for choice in self.choices
+        ]
+        answer = completion_answer(
+            choices,
+            id=self.response_id,
+            created=self.created_s,
+            model=self.model,
+            system_fingerprint=FINGERPRINT,
+            usage=whole_usage(self, created_cache_tokens=None),
+            kv_transfer_params=self.kv_transfer_params(),
         )
+        return dumps(answer)
 
     def _echoed(self, prompt: list[int], text: str) -> str:
         shown = "" if self.call.return_token_ids else decode(prompt)
@@ -229,6 +220,42 @@ class CompletionGeneration(Generation):
         offset = self._offsets.get(choice.index, 0)
         shown, self._offsets[choice.index] = completion_shape(entries, offset, as_ids=call.tokens_as_ids)
         return shown
+
+
+def completion_choice(
+    index: int, text: str, logprobs: Any, ended: tuple[str | None, Any], **fields: Any
+) -> dict[str, Any]:
+    """A choice of an answer that is not streamed; ``ended``: reason and stop reason."""
+    choice: dict[str, Any] = {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": ended[0],
+        "stop_reason": ended[1],
+        "token_ids": None,
+        "prompt_logprobs": None,
+        "prompt_token_ids": None,
+        "routed_experts": None,
+    }
+    return choice | fields
+
+
+def completion_answer(choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """An answer that is not streamed; ``fields``: those that are not null."""
+    answer: dict[str, Any] = {
+        "id": None,
+        "object": "text_completion",
+        "created": None,
+        "model": None,
+        "choices": choices,
+        "service_tier": None,
+        "system_fingerprint": None,
+        "usage": None,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
+    return answer | fields
 
 
 def whole_usage(generation: Generation, *, created_cache_tokens: int | None) -> dict[str, Any]:

@@ -28,16 +28,9 @@ dumps = msgspec.json.encode
 
 
 class ToolPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """A call of a tool that the request demands: ``text`` is what the model writes, as its parser knows it.
+    """A call of a tool that the request demands: what the model writes, and whether the request named the tool."""
 
-    The arguments lie in ``text`` from character ``start`` to ``end``. ``named``: the request named the tool.
-    """
-
-    name: str
-    arguments: str
     text: str
-    start: int
-    end: int
     named: bool
 
 
@@ -203,7 +196,7 @@ class Choice:
         delta, self._sent = self.text[self._sent : end], end
         self.generation.advance(self, delta, tokens)
         call = self.generation.call
-        if call.stream and not call.stop and not call.tool:
+        if call.stream and not call.stop:
             self.text, self._sent = "", 0
 
     def _find_stop(self, before: int) -> str | None:
@@ -245,7 +238,7 @@ class Generation:
 
     def start(self) -> None:
         """Queue the engine requests and, for a stream, send the head."""
-        call, now_s = self.call, self.engine.now_s
+        call, arrival_s = self.call, self.exchange.received_s or self.engine.now_s
         for prompt_index, prompt in enumerate(call.prompts):
             for child in range(call.n):
                 index = prompt_index * call.n + child
@@ -255,7 +248,7 @@ class Generation:
                     f"{self.response_id}-{index}-{secrets.token_hex(4)}",
                     prompt,
                     call.max_tokens[prompt_index],
-                    arrival_s=now_s,
+                    arrival_s=arrival_s,
                     priority=call.priority,
                     min_tokens=0 if planned else call.min_tokens,
                     natural_end=planned or call.natural_end,

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from emulator.logprobs import LogprobChain, TokenLogprob, prompt_logprobs
-from emulator.tokens import EOS_ID, token_bytes
+from emulator.tokens import EOS_ID, decode_bytes, token_bytes
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -64,7 +64,10 @@ def completion_shape(entries: Sequence[Entry], offset: int, *, as_ids: bool) -> 
 
     As in vLLM the offsets count the shown tokens, so with ``as_ids`` they are those of the placeholders.
     """
-    offsets, own, shown, top = [], [], [], []
+    offsets: list[int] = []
+    own: list[float | None] = []
+    shown: list[str] = []
+    top: list[dict[str, float] | None] = []
     for entry in entries:
         offsets.append(offset)
         text = _shown(entry.token_id, entry.text, as_ids)
@@ -90,6 +93,23 @@ def chat_shape(entries: Sequence[Entry], best: int, *, as_ids: bool) -> dict[str
     return {"content": content}
 
 
+def chat_item(entry: Entry) -> dict[str, Any]:
+    """An entry that a caller gave back, with all the others that came with it."""
+    found = entry.found or ()
+    return {**_chat_item(found[0], entry, False), "top_logprobs": [_chat_item(one, entry, False) for one in found[1:]]}
+
+
+def returned_shape(entries: Sequence[Entry], offset: int) -> tuple[dict[str, Any], int]:
+    """``completion_shape`` of entries that a caller gave back."""
+    shown, after = completion_shape(entries, offset, as_ids=False)
+    others = [(entry.found or ())[1:] for entry in entries]
+    shown["top_logprobs"] = [
+        {_decoded(one, entry): one.logprob for one in found} or None
+        for entry, found in zip(entries, others, strict=True)
+    ]
+    return shown, after
+
+
 def generate_shape(entries: Sequence[Entry], best: int) -> dict[str, Any]:
     """``logprobs`` of generated tokens: ids, no text."""
     content = []
@@ -97,6 +117,25 @@ def generate_shape(entries: Sequence[Entry], best: int) -> dict[str, Any]:
         found = [msgspec.structs.asdict(one) for one in entry.found or ()]
         content.append({**found[0], "top_logprobs": found[: max(best, 1)]})
     return {"content": content}
+
+
+def resolved(content: Sequence[dict[str, Any]], before: Sequence[int]) -> list[Entry]:
+    """Entries of generated logprobs as they came back from a caller; ``before``: ids that precede them.
+
+    Raises KeyError, TypeError or ValueError for what is none.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(decode_bytes(before))
+    entries = []
+    for item in content:
+        others = [_found(top) for top in item.get("top_logprobs") or []]
+        text = decoder.decode(token_bytes(item["token_id"]))
+        entries.append(Entry(item["token_id"], text, [_found(item), *others]))
+    return entries
+
+
+def _found(item: dict[str, Any]) -> TokenLogprob:
+    return TokenLogprob(token_id=item["token_id"], logprob=float(item["logprob"]), rank=item.get("rank") or 0)
 
 
 def _chat_item(one: TokenLogprob, entry: Entry, as_ids: bool) -> dict[str, Any]:

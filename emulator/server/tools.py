@@ -4,18 +4,16 @@ The model writes a call as vLLM's ``hermes`` parser reads it. A tool is only cal
 requires one; under "auto" the answer is text. Arguments are a small instance of the tool's parameter schema.
 """
 
-import json
-import secrets
 from typing import Any
 
 from emulator.server.errors import ApiError, parameter_error
 from emulator.server.generation import ToolPlan
+from emulator.server.hermes import write_call
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import Body
 from emulator.structured import ConstraintError, parse_constraint
 from emulator.tokens import decode_bytes
 
-_OPEN, _CLOSE = "<tool_call>\n", "\n</tool_call>"
 _USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
 
 
@@ -85,16 +83,7 @@ def _planned(function: dict[str, Any], prompt: list[int], *, named: bool) -> Too
         arguments = (constraint.text(decode_bytes(prompt)) if constraint else None) or "{}"
     except ConstraintError as error:
         raise ApiError(str(error)) from None
-    name = str(function.get("name", ""))
-    head = f'{_OPEN}{{"name": {json.dumps(name)}, "arguments": '
-    return ToolPlan(
-        name=name,
-        arguments=arguments,
-        text=f"{head}{arguments}}}{_CLOSE}",
-        start=len(head),
-        end=len(head) + len(arguments),
-        named=named,
-    )
+    return ToolPlan(text=write_call(str(function.get("name", "")), arguments), named=named)
 
 
 def _function(tool: Any) -> dict[str, Any]:
@@ -102,36 +91,6 @@ def _function(tool: Any) -> dict[str, Any]:
     return function if isinstance(function, dict) else {}
 
 
-def new_call_id() -> str:
-    """An id as vLLM gives to tool calls."""
-    return f"chatcmpl-tool-{secrets.token_hex(8)}"
-
-
 def finish_reason(plan: ToolPlan | None, reason: str | None) -> str | None:
     """The reason that the client sees: a call that was required, but not named, has one of its own."""
     return "tool_calls" if plan is not None and not plan.named and reason == "stop" else reason
-
-
-class ToolStream:
-    """The deltas of a tool call whose text comes piece by piece."""
-
-    __slots__ = ("_chars", "_plan", "_started")
-
-    def __init__(self, plan: ToolPlan) -> None:
-        self._plan = plan
-        self._chars = 0
-        self._started = False
-
-    def take(self, text: str) -> list[dict[str, Any]]:
-        """The tool-call deltas that ``text`` leads to; none while the markup alone goes on."""
-        plan, before = self._plan, self._chars
-        self._chars = before + len(text)
-        deltas: list[dict[str, Any]] = []
-        if not self._started and self._chars >= plan.start:
-            self._started = True
-            function = {"name": plan.name}
-            deltas.append({"id": new_call_id(), "type": "function", "index": 0, "function": function})
-        piece = plan.text[max(before, plan.start) : min(self._chars, plan.end)]
-        if piece:
-            deltas.append({"index": 0, "function": {"arguments": piece}})
-        return deltas

@@ -112,7 +112,18 @@ def finding(kind: str, location: str, value: object) -> Invalid:
     return Invalid(kind=kind, location=location, message=_MESSAGES[kind], shown=describe_input(value))
 
 
-def convert_fields(body: Body, fields: Mapping[str, str]) -> list[Invalid]:
+def too_short(location: str, value: list[Any]) -> Invalid:
+    """An empty list where one item is needed."""
+    return Invalid(
+        kind="too_short",
+        location=location,
+        message="List should have at least 1 item after validation, not 0",
+        shown=describe_input(value),
+        context={"field_type": "List", "min_length": 1, "actual_length": 0},
+    )
+
+
+def convert_fields(body: Body, fields: Mapping[str, str], place: str = "body") -> list[Invalid]:
     """Convert the known fields of ``body`` in place, loosely as pydantic does; returns what could not be converted."""
     findings = []
     for name, kind in fields.items():
@@ -121,7 +132,7 @@ def convert_fields(body: Body, fields: Mapping[str, str]) -> list[Invalid]:
             continue
         converted, error = _CONVERTERS[kind](value)
         if error:
-            findings.append(finding(error, f"body.{name}", value))
+            findings.append(finding(error, f"{place}.{name}", value))
         else:
             body[name] = converted
     return findings

@@ -184,26 +184,24 @@ def _string(schema: dict[str, Any], picker: Picker) -> str:
 
 
 def _number(schema: dict[str, Any], *, whole: bool) -> int | float:
-    step = schema.get("multipleOf") or (1 if whole else 0)
-    low, high = schema.get("minimum"), schema.get("maximum")
-    over, under = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
-    gap = step or 0.5
-    lows = [low] if _is_number(low) else []
-    lows += [over + gap if not whole else math.floor(over) + 1] if _is_number(over) else []
-    highs = [high] if _is_number(high) else []
-    highs += [under - gap if not whole else math.ceil(under) - 1] if _is_number(under) else []
+    step = _numbers(schema, "multipleOf") or ([1] if whole else [])
+    gap = step[0] if step else 0.5
+    lows, highs = _numbers(schema, "minimum"), _numbers(schema, "maximum")
+    lows += [math.floor(over) + 1 if whole else over + gap for over in _numbers(schema, "exclusiveMinimum")]
+    highs += [math.ceil(under) - 1 if whole else under - gap for under in _numbers(schema, "exclusiveMaximum")]
     value: int | float = 0
     if lows and max(lows) > 0:
         value = max(lows)
     elif highs and min(highs) < 0:
         value = min(highs)
-    if step and value % step:
-        value = math.ceil(value / step) * step if value > 0 else math.floor(value / step) * step
+    if step and value % step[0]:
+        value = math.ceil(value / step[0]) * step[0] if value > 0 else math.floor(value / step[0]) * step[0]
     value = int(value) if whole else value
     if (lows and value < max(lows)) or (highs and value > min(highs)):
         raise ConstraintError("the bounds of a number in a JSON schema leave no value")
     return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _numbers(schema: dict[str, Any], name: str) -> list[int | float]:
+    value = schema.get(name)
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
