@@ -47,6 +47,8 @@ class EngineHost:
         self._address = settings.host
         self._server: asyncio.Server | None = None
         self.on_idle: Callable[[], None] = lambda: None
+        self.on_stopped: Callable[[], None] = lambda: None
+        """Called when the listener has been closed for good."""
         metrics = PortMetrics(
             settings.model,
             self._engine_metrics,
@@ -155,6 +157,7 @@ class EngineHost:
         for connection in list(self.app.connections):
             if connection.idle:
                 connection.close()
+        self.on_stopped()
 
     def _die(self, engine: RealTimeEngine, mode: str) -> None:
         if mode == "process":
@@ -208,6 +211,7 @@ class Process:
             await host.listen(self._settings.port + host.index if self._settings.port else 0)
             host.app.on_connection_closed = self._check_ended
             host.on_idle = self._check_drained
+            host.on_stopped = self._check_ended
         admin_port = await self._listen_admin()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self._on_signal)
