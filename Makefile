@@ -12,7 +12,7 @@ PEERS ?= nginx,vllm-router,sglang-router
 PYTEST_ARGS ?=
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo up test test-source test-wheel test-vllm lint proto lock replay-mooncake bench-decision bench-dataplane clean
+.PHONY: help demo up test test-source test-wheel test-vllm lint soak proto lock replay-mooncake bench-decision bench-dataplane clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ bench-decision: $(STAMP) ## cost of one routing decision
 
 bench-dataplane: $(STAMP) ## CPU per request and event beside PEERS=nginx,vllm-router,sglang-router (installs them)
 	@$(BIN)/python benchmarks/bench_dataplane.py --peers "$(PEERS)" $(ARGS)
+
+soak: $(STAMP) ## 2,000 verified streams for 15 min through one replica (ARGS="--streams N --minutes M")
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
 proto: $(STAMP) ## generate twofold/v1 from proto/
 	@PYTHON=$(BIN)/python scripts/generate_proto.sh
