@@ -6,6 +6,7 @@ are maps that leave out fields at their defaults. Replay: a DEALER sends ``["", 
 silently missing. As vLLM's publisher, this one looks for replay requests every 100 ms.
 """
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -16,6 +17,7 @@ import msgspec
 import zmq
 
 from emulator.model import AllBlocksCleared, BlockRemoved, BlockStored, KvEvent
+from emulator.server.engine import RealTimeEngine
 
 log = logging.getLogger(__name__)
 
@@ -118,16 +120,15 @@ class KvPublisher:
         self._topic = config.topic.encode()
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=max(0, config.buffer_steps))
         self._sequence = 0
-        self._context = zmq.Context()
-        self._context.setsockopt(zmq.BLOCKY, 0)
-        self._publisher = self._context.socket(zmq.PUB)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._publisher = context.socket(zmq.PUB)
         self._publisher.set_hwm(config.hwm)
         self._replay: zmq.Socket[bytes] | None = None
         try:
             endpoint = _bind(self._publisher, offset_endpoint(config.endpoint, offset))
             replay_endpoint = config.replay_endpoint
             if replay_endpoint is not None:
-                self._replay = self._context.socket(zmq.ROUTER)
+                self._replay = context.socket(zmq.ROUTER)
                 replay_endpoint = _bind(self._replay, offset_endpoint(replay_endpoint, offset))
         except zmq.ZMQError as error:
             self.close()
@@ -154,7 +155,7 @@ class KvPublisher:
         if replay is None:
             return
         for _ in range(_REPLAYS_PER_POLL):
-            if not replay.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+            if not replay.poll(0):
                 return
             frames = replay.recv_multipart(flags=zmq.NOBLOCK)
             if len(frames) != 3:
@@ -172,7 +173,9 @@ class KvPublisher:
 
     def close(self) -> None:
         """Close the sockets. Idempotent."""
-        self._context.destroy(linger=0)
+        self._publisher.close(linger=0)
+        if self._replay is not None:
+            self._replay.close(linger=0)
 
 
 def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> str:
@@ -182,3 +185,52 @@ def _bind(socket: "zmq.Socket[bytes]", endpoint: str) -> str:
         return endpoint
     bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     return f"{endpoint[:-1]}{bound.rpartition(':')[2]}"
+
+
+class KvFeeds:
+    """The publishers of one port, one a data-parallel rank, and the timer that looks for replay requests."""
+
+    def __init__(self, config: KvEventsConfig, loop: asyncio.AbstractEventLoop) -> None:
+        self._config = config
+        self._loop = loop
+        self._publishers: dict[int, KvPublisher] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def attach(self, engine: RealTimeEngine, *, rank: int = 0, offset: int = 0) -> None:
+        """Publish the events of ``engine`` from now on; see KvPublisher for ``offset``. Raises OSError."""
+        if not self._config.publishes:
+            return
+        publisher = KvPublisher(self._config, rank=rank, offset=offset)
+        self._publishers[rank] = publisher
+        engine.on_events = publisher.publish
+        if self._timer is None:
+            self._timer = self._loop.call_later(REPLAY_POLL_S, self._serve_replays)
+
+    def detach(self, engine: RealTimeEngine, rank: int) -> None:
+        """The rank is gone: close its sockets."""
+        engine.on_events = None
+        publisher = self._publishers.pop(rank, None)
+        if publisher is not None:
+            publisher.close()
+
+    def sources(self) -> dict[str, KvEventsConfig]:
+        """What ``GET /kv_event_sources`` answers: the configuration by rank."""
+        return {str(rank): publisher.config for rank, publisher in sorted(self._publishers.items())}
+
+    def next_sequences(self) -> dict[int, int]:
+        """By rank, the sequence number that its next batch will bear."""
+        return {rank: publisher.next_sequence for rank, publisher in self._publishers.items()}
+
+    def close(self) -> None:
+        """Close all sockets. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for publisher in self._publishers.values():
+            publisher.close()
+        self._publishers.clear()
+
+    def _serve_replays(self) -> None:
+        self._timer = self._loop.call_later(REPLAY_POLL_S, self._serve_replays)
+        for publisher in self._publishers.values():
+            publisher.serve_replays()
