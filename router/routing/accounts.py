@@ -6,7 +6,6 @@ exact and an account that took on and gave back the same work is exactly zero ag
 
 from collections import deque
 from struct import Struct
-from typing import NamedTuple
 
 import msgspec
 
@@ -45,7 +44,7 @@ def quantise_s(seconds: float) -> float:
     return round(seconds * _QUANTUM) / _QUANTUM
 
 
-class Load(NamedTuple):
+class Load(msgspec.Struct, frozen=True, gc=False):
     """Load of one target, summed over all writers."""
 
     inflight: float = 0.0
@@ -110,12 +109,31 @@ class AccountsReader:
         """Sum over all writers. Of the head columns the oldest head counts, of the times the latest."""
         offset = slot * _ROW_BYTES
         regions = self._regions
-        total: tuple[float, ...] = _UNPACK(regions[0], offset)
+        inflight, decodes, requests, tokens, work, kv, stored, sent, head, first, failures, circuit = _UNPACK(
+            regions[0], offset
+        )
         for region in regions[1:]:
             row = _UNPACK(region, offset)
-            if row[STORED_TOKENS] or row[INFLIGHT] or row[FAILURES] or row[CIRCUIT_UNTIL_S]:
-                total = _add(total, row)
-        return Load._make(total)
+            if not (row[STORED_TOKENS] or row[INFLIGHT] or row[FAILURES] or row[CIRCUIT_UNTIL_S]):
+                continue
+            inflight2, decodes2, requests2, tokens2, work2, kv2, stored2, sent2, head2, first2, failures2, circuit2 = (
+                row
+            )
+            if requests2 and (not requests or sent2 < sent):
+                sent, head = sent2, head2
+            inflight += inflight2
+            decodes += decodes2
+            requests += requests2
+            tokens += tokens2
+            work += work2
+            kv += kv2
+            stored += stored2
+            failures += failures2
+            if first2 > first:
+                first = first2
+            if circuit2 > circuit:
+                circuit = circuit2
+        return Load(inflight, decodes, requests, tokens, work, kv, stored, sent, head, first, failures, circuit)
 
     def row(self, slot: int) -> LoadRow:
         """The sum as it travels between replicas."""
@@ -129,27 +147,6 @@ class AccountsReader:
             stored_tokens=load.stored_tokens,
             failures=int(load.failures),
         )
-
-
-def _add(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
-    a_inflight, a_dec, a_req, a_tok, a_s, a_kv, a_stored, a_sent, a_work, a_first, a_fail, a_circuit = a
-    b_inflight, b_dec, b_req, b_tok, b_s, b_kv, b_stored, b_sent, b_work, b_first, b_fail, b_circuit = b
-    if b_req and (not a_req or b_sent < a_sent):
-        a_sent, a_work = b_sent, b_work
-    return (
-        a_inflight + b_inflight,
-        a_dec + b_dec,
-        a_req + b_req,
-        a_tok + b_tok,
-        a_s + b_s,
-        a_kv + b_kv,
-        a_stored + b_stored,
-        a_sent,
-        a_work,
-        max(b_first, a_first),
-        a_fail + b_fail,
-        max(b_circuit, a_circuit),
-    )
 
 
 class Entry:

@@ -6,16 +6,16 @@ from typing import NamedTuple
 from router.routing import circuit
 from router.routing.accounts import AccountsReader, AccountsWriter
 from router.routing.buffers import Buffers
-from router.routing.dirty_log import DirtyLog, DirtyReader
+from router.routing.dirty_log import DirtyReader
 from router.routing.escapes import Escapes
-from router.routing.loads import Loads
+from router.routing.loads import Loads, OwnLog
 from router.routing.policies import DEFAULT, POLICIES
 from router.routing.policies.common import no_pool, pinned
 from router.routing.popularity import Popularity
-from router.routing.prefix import DEPTH_SCHEDULE, scheduled_count
+from router.routing.prefix import scheduled_hashes
 from router.routing.prefix_table import PrefixReader, PrefixWriter
 from router.routing.sent_prefixes import SentPrefixes, SentPrefixReader
-from router.routing.state import PoolState, TargetState
+from router.routing.state import KvView, PoolState, TargetState
 from router.routing.table import RoutingTable
 from router.routing.ticket import Ticket
 from router.routing.types import Decision, RequestFeatures, Resolved
@@ -44,18 +44,19 @@ class LiveFleet:
         others = (*buffers.siblings, buffers.remote)
         self._slots = buffers.slots
         accounts = AccountsReader((buffers.own.accounts, *(region.accounts for region in others)))
-        self._writer = AccountsWriter(buffers.own.accounts, DirtyLog(buffers.own.dirty))
+        self._loads = Loads(accounts, tuple(DirtyReader(region.dirty) for region in others))
+        self._writer = AccountsWriter(buffers.own.accounts, OwnLog(buffers.own.dirty, self._loads))
         self._prefix_writer = PrefixWriter(buffers.own.prefixes)
         self._sent = SentPrefixes(buffers.sent)
         self._sent_reader = SentPrefixReader(buffers.sent)
-        logs = (buffers.own.dirty, *(region.dirty for region in others))
-        self._loads = Loads(accounts, tuple(DirtyReader(log) for log in logs))
         self._escapes = Escapes(self._loads)
         self._pools: dict[str, PoolState] = {}
         self._states: dict[int, TargetState] = {}
         self._models: dict[str, Resolved] = {}
         self._popularity: dict[str, Popularity] = {}
         self._snapshot = FleetSnapshot(epoch=0, version=0)
+        self.kv: KvView | None = None
+        """Set by the host where engines report their caches; see FleetView."""
         # Both are called for every target examined: no wrappers around them.
         self.load = self._loads.get
         self.cached_chunks = PrefixReader((buffers.own.prefixes, *(region.prefixes for region in others))).cached_chunks
@@ -199,20 +200,21 @@ class LiveFleet:
         if chain and decision.key:
             # Policies without ring keys have no use for popularity either.
             self._counts(request.pool, policy, now_s).count(chain, decision.key_depth, now_s)
-        self._loads.catch_up()
         load = self.load(slot)
         state = self._states.get(slot)
+        entered = 0
         if state is not None and chain:
-            hashes = [chain[depth - 1] for depth in DEPTH_SCHEDULE[: scheduled_count(len(chain))]]
-            self._prefix_writer.insert(state.salt, hashes, chain[-1], load.stored_tokens, now_s)
-            hashes.append(chain[-1])
-            self._sent.append(slot, hashes)
+            hashes = scheduled_hashes(chain)
+            entered = self._prefix_writer.insert(
+                state.salt, hashes, chain[-1], load.stored_tokens, now_s, state.young_tokens
+            )
+            self._sent.append(slot, (*hashes, chain[-1]))
         if load.circuit_until_s and self._writer.failures(slot) >= circuit.THRESHOLD:
             # Half open: this request is the probe, and nothing else goes there until it has told or the time is up.
             failures = self._writer.failures(slot)
             self._writer.set_circuit(slot, failures, now_s + circuit.open_s(failures))
         entry = self._writer.dispatch(slot, decision.uncached_tokens, decision.prompt_tokens, decision.own_s, now_s)
-        return Ticket(self._writer, self._prefix_writer, entry, request, decision, state, load.stored_tokens, now_s)
+        return Ticket(self._writer, self._prefix_writer, entry, request, decision, state, entered, now_s)
 
     def record_failure(self, slot: int, now_s: float) -> None:
         """An attempt on the target failed before its first byte. Enough of them in a row open its circuit for a time

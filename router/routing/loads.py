@@ -33,6 +33,11 @@ class Loads:
         self._cache[slot] = None
         self.stale[slot] = None
 
+    @property
+    def rescans(self) -> int:
+        """Times that a log had moved on too far, so that all slots were read anew."""
+        return sum(reader.overruns for reader in self._readers)
+
     def catch_up(self) -> None:
         """Takes notice of all changes that other processes made until now."""
         for reader in self._readers:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from operator import itemgetter
 
 from xxhash import xxh3_64_intdigest
 
@@ -57,14 +58,27 @@ def scheduled_depths(chunks: int) -> tuple[int, ...]:
     return DEPTH_SCHEDULE[: scheduled_count(chunks)]
 
 
+_DENSE = next(at for at, depth in enumerate((*DEPTH_SCHEDULE, 0)) if depth != at + 1)
+"""So many depths at the beginning of the schedule leave none out."""
+_PICK = {
+    count: itemgetter(*(depth - 1 for depth in DEPTH_SCHEDULE[:count]))
+    for count in range(max(_DENSE + 1, 2), len(DEPTH_SCHEDULE) + 1)
+}
+
+
+def scheduled_hashes(hashes: Chain) -> Chain:
+    """The hashes at the depths of the schedule, shallow to deep."""
+    chunks = len(hashes)
+    if chunks <= _DENSE:
+        return hashes
+    count = scheduled_count(chunks)
+    return hashes[:count] if count <= _DENSE else _PICK[count](hashes)
+
+
 def broadcast_hashes(hashes: Chain) -> list[int]:
     """What other replicas are told of a dispatched prompt: its hashes at the scheduled depths, then the deepest once
     more, so that a longer prompt that goes on from it is recognised to the full depth. Empty for an empty chain."""
-    if not hashes:
-        return []
-    told = [hashes[depth - 1] for depth in scheduled_depths(len(hashes))]
-    told.append(hashes[-1])
-    return told
+    return [*scheduled_hashes(hashes), hashes[-1]] if hashes else []
 
 
 def split_broadcast(told: Sequence[int]) -> tuple[Sequence[int], int] | None:

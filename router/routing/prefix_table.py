@@ -4,6 +4,10 @@ An entry says "this chunk chain was sent to that target when the target had stor
 the target has stored more than its KV capacity since: an LRU cache has then turned over. Prompts are entered at the
 depths of ``prefix.DEPTH_SCHEDULE`` only; every entry also names the deepest chunk of its prompt, so that the next turn
 of a conversation is recognised to the full depth of the last one.
+
+Entries that were made a short while ago are left as they are, so that a prefix which is sent again and again costs one
+write, not one per depth. For that to be sound, what is entered beyond a young entry bears that entry's stamp: whatever
+depth of a prompt is found, all shallower ones were entered at its stamp or later.
 """
 
 from collections.abc import Sequence
@@ -15,12 +19,23 @@ from router.routing.prefix import DEPTH_SCHEDULE, scheduled_count
 from router.routing.types import Chain
 
 DEFAULT_ENTRIES = 1 << 18
+YOUNG_SHARE = 1 / 16
+"""Entries are young, and left as they are, until the target has stored this share of its capacity."""
 _WAYS = 4
-_WORDS = 4 * _WAYS
-"""A bucket: the keys of its ways, then their deepest hashes, their stamps, their times (seconds, for replacement)."""
-_TAILS, _STAMPS, _TIMES = _WAYS, 2 * _WAYS, 3 * _WAYS
-_BUCKET_BYTES = 8 * _WORDS
-_KEYS = Struct(f"={_WAYS}Q").unpack_from
+_TAG_BYTES = 4
+"""The tags of all buckets come first, by themselves: most look-ups end there, and a megabyte stays in a CPU's cache."""
+_BUCKET_TAGS_BYTES = _WAYS * _TAG_BYTES
+_WORDS = 3 * _WAYS
+"""Of a bucket after the tags: the deepest hashes of its ways, their stamps, their times (microseconds: which is the
+oldest, and whose an entry is)."""
+_STAMPS, _TIMES = _WAYS, 2 * _WAYS
+_BUCKET_BYTES = _BUCKET_TAGS_BYTES + 8 * _WORDS
+_TAGS = Struct(f"={_WAYS}I").unpack_from
+_QUADS = Struct(f"={_WAYS}Q").unpack_from
+_CHUNK_AT = tuple(depth - 1 for depth in DEPTH_SCHEDULE)
+_DEEP_PROBES = 2
+"""Probes at the deep end of a prompt before the search goes over to halving: most prompts that are known go on from
+the last turn of their conversation, which was hardly shorter."""
 
 
 def region_bytes(entries: int = DEFAULT_ENTRIES) -> int:
@@ -38,112 +53,161 @@ def target_salt(target_id: str, incarnation: int) -> int:
 class PrefixWriter:
     """The one writer of a region."""
 
-    __slots__ = ("_mask", "_region", "_words", "evictions")
+    __slots__ = ("_first_word", "_mask", "_region", "_tags", "_words", "evictions")
 
     def __init__(self, region: memoryview) -> None:
+        buckets = len(region) // _BUCKET_BYTES
         self._region = region
+        self._tags = region.cast("I")
         self._words = region.cast("Q")
-        self._mask = len(region) // _BUCKET_BYTES - 1
+        self._first_word = buckets * _BUCKET_TAGS_BYTES // 8
+        self._mask = buckets - 1
         self.evictions = 0
         """Entries that made room for others."""
 
-    def insert(self, salt: int, hashes: Sequence[int], deepest: int, stamp_tokens: float, now_s: float) -> None:
-        """Enters ``hashes`` (of one prompt, at the scheduled depths) for the target of ``salt``.
+    def insert(
+        self,
+        salt: int,
+        hashes: Sequence[int],
+        deepest: int,
+        stamp_tokens: float,
+        now_s: float,
+        young_tokens: float = 0.0,
+    ) -> int:
+        """Enters ``hashes`` (of one prompt, at the scheduled depths, shallow to deep) for the target of ``salt``.
 
-        ``deepest`` is the hash of the prompt's deepest chunk, ``stamp_tokens`` the target's stored-tokens clock.
+        ``deepest`` is the hash of the prompt's deepest chunk, ``stamp_tokens`` the target's stored-tokens clock. From
+        the deep end until an entry is met that was made within ``young_tokens`` of the clock. Returns how many were
+        entered, for ``forget``.
         """
-        words, region, mask = self._words, self._region, self._mask
-        stamp, time = max(0, int(stamp_tokens)), max(0, int(now_s))
-        for value in hashes:
-            key = value ^ salt or 1
+        words, region, mask, first_word = self._words, self._region, self._mask, self._first_word
+        stamp, time = max(0, int(stamp_tokens)), max(0, int(now_s * 1e6))
+        entered: list[int] = []
+        for value in reversed(hashes):
+            key = value ^ salt
             bucket = key & mask
-            base = bucket * _WORDS
-            keys = _KEYS(region, bucket * _BUCKET_BYTES)
-            if key in keys:
-                at = base + keys.index(key)
-            elif 0 in keys:
-                at = base + keys.index(0)
+            tag = key >> 32 or 1
+            tags = _TAGS(region, bucket * _BUCKET_TAGS_BYTES)
+            at = first_word + bucket * _WORDS
+            if tag in tags:
+                way = tags.index(tag)
+                at += way
+                known = words[at + _STAMPS]
+                if 0 <= stamp - known <= young_tokens:
+                    words[at] = deepest
+                    words[at + _TIMES] = time
+                    if known != stamp:
+                        for at in entered:
+                            words[at + _STAMPS] = known
+                    break
+            elif 0 in tags:
+                way = tags.index(0)
+                at += way
             else:
                 self.evictions += 1
-                times = _KEYS(region, bucket * _BUCKET_BYTES + 8 * _TIMES)
-                at = base + times.index(min(times))
-            words[at + _TAILS] = deepest
+                times = _QUADS(region, 8 * (at + _TIMES))
+                way = times.index(min(times))
+                at += way
+            words[at] = deepest
             words[at + _STAMPS] = stamp
             words[at + _TIMES] = time
-            words[at] = key
+            self._tags[bucket * _WAYS + way] = tag
+            entered.append(at)
+        return len(entered)
 
-    def forget(self, salt: int, hashes: Sequence[int], stamp_tokens: float) -> None:
-        """Removes the entries of a prompt that never reached the target, where they still bear ``stamp_tokens``."""
-        words, region, stamp = self._words, self._region, max(0, int(stamp_tokens))
-        for value in hashes:
-            key = value ^ salt or 1
+    def forget(self, salt: int, hashes: Sequence[int], entered: int, now_s: float) -> None:
+        """Takes back what an ``insert`` of the same ``hashes`` at ``now_s`` entered, because the prompt never reached
+        the target. What was sent again since, and all that is shallower, stays."""
+        words, region = self._words, self._region
+        time = max(0, int(now_s * 1e6))
+        for number, value in enumerate(reversed(hashes)):
+            key = value ^ salt
             bucket = key & self._mask
-            keys = _KEYS(region, bucket * _BUCKET_BYTES)
-            if key in keys:
-                at = bucket * _WORDS + keys.index(key)
-                if words[at + _STAMPS] == stamp:
-                    words[at] = 0
-                    words[at + _TIMES] = 0
+            tags = _TAGS(region, bucket * _BUCKET_TAGS_BYTES)
+            tag = key >> 32 or 1
+            if tag not in tags:
+                continue
+            way = tags.index(tag)
+            at = self._first_word + bucket * _WORDS + way
+            if words[at + _TIMES] != time:
+                return
+            if number >= entered:
+                # It was there before; only the prompt that it led to is not.
+                words[at] = value
+                return
+            self._tags[bucket * _WAYS + way] = 0
+            words[at + _TIMES] = 0
 
 
 class PrefixReader:
-    """Looks prefixes up over the regions of several writers."""
+    """Looks prefixes up over the regions of several writers. Raises ValueError where their sizes differ."""
 
-    __slots__ = ("_regions",)
+    __slots__ = ("_first_word", "_mask", "_regions")
 
     def __init__(self, regions: tuple[memoryview, ...]) -> None:
-        self._regions = tuple(
-            (region, region.cast("Q"), len(region) // _BUCKET_BYTES - 1) for region in regions if len(region)
-        )
+        if len({len(region) for region in regions}) != 1:
+            raise ValueError("the prefix regions of a replica are of one size")
+        self._regions = tuple((region, region.cast("Q")) for region in regions)
+        buckets = len(regions[0]) // _BUCKET_BYTES
+        self._first_word = buckets * _BUCKET_TAGS_BYTES // 8
+        self._mask = buckets - 1
 
     def cached_chunks(self, salt: int, chain: Chain, stored_tokens: float, capacity_tokens: float) -> int:
         """Leading chunks of ``chain`` that the target of ``salt`` holds or has queued, by what was sent to it.
 
-        ``stored_tokens`` is the target's clock now, ``capacity_tokens`` its KV capacity. A binary search over the
-        scheduled depths in each region, beginning past what the region before it found.
+        ``stored_tokens`` is the target's clock now, ``capacity_tokens`` its KV capacity. Most targets know nothing of
+        a prompt: their first chunk is looked for, no more.
         """
-        found, best_tail = 0, 0
-        scheduled = -1
-        first = chain[0] ^ salt or 1
-        for region, words, mask in self._regions:
-            if not found and first not in _KEYS(region, (first & mask) * _BUCKET_BYTES):
-                continue
-            low, high = found, -1
-            while True:
-                # The first probe of a region asks for one depth more than is known; most regions end there.
-                middle = low if high < 0 else (low + high) // 2
-                if high < 0:
-                    if scheduled < 0:
-                        scheduled = scheduled_count(len(chain))
-                    if middle >= scheduled:
-                        break
-                elif middle >= high:
-                    break
-                key = chain[DEPTH_SCHEDULE[middle] - 1] ^ salt or 1
-                bucket = key & mask
-                keys = _KEYS(region, bucket * _BUCKET_BYTES)
-                hit = False
-                if key in keys:
-                    at = bucket * _WORDS + keys.index(key)
-                    age_tokens = stored_tokens - words[at + _STAMPS]
-                    hit = -capacity_tokens <= age_tokens <= capacity_tokens
-                if hit:
-                    low = found = middle + 1
-                    best_tail = words[at + _TAILS]
-                    if high < 0:
-                        high = scheduled
-                elif high < 0:
-                    break
-                else:
-                    high = middle
-        return _deepened(chain, found, best_tail) if found else 0
+        key = chain[0] ^ salt
+        offset = (key & self._mask) * _BUCKET_TAGS_BYTES
+        tag = key >> 32 or 1
+        found = deepest = 0
+        for region, words in self._regions:
+            if tag in _TAGS(region, offset):
+                found, deepest = self._search(
+                    region, words, salt, chain, stored_tokens, capacity_tokens, found, deepest
+                )
+        return _deepened(chain, found, deepest) if found else 0
+
+    def _search(
+        self,
+        region: memoryview,
+        words: memoryview,
+        salt: int,
+        chain: Chain,
+        stored_tokens: float,
+        capacity_tokens: float,
+        found: int,
+        deepest: int,
+    ) -> tuple[int, int]:
+        """(scheduled depths found, deepest hash of the prompt sent there) in one region, where it has more than the
+        ``found`` of the regions before it: a few probes at the deep end, then a binary search."""
+        mask, first_word = self._mask, self._first_word
+        low, high = found, scheduled_count(len(chain))
+        probes = 0
+        while low < high:
+            if probes < _DEEP_PROBES:
+                # Whatever another region found is rarely exceeded: then one depth more is asked for first.
+                middle = low if found and not probes else high - 1
+                probes += 1
+            else:
+                middle = (low + high) // 2
+            key = chain[_CHUNK_AT[middle]] ^ salt
+            bucket = key & mask
+            tags = _TAGS(region, bucket * _BUCKET_TAGS_BYTES)
+            tag = key >> 32 or 1
+            if tag in tags:
+                at = first_word + bucket * _WORDS + tags.index(tag)
+                if -capacity_tokens <= stored_tokens - words[at + _STAMPS] <= capacity_tokens:
+                    low = middle + 1
+                    deepest = words[at]
+                    continue
+            high = middle
+        return low, deepest
 
 
 def _deepened(chain: Chain, found: int, tail: int) -> int:
     """Chunks held, given the deepest scheduled depth found and the deepest hash of the prompt that was sent there."""
     depth = DEPTH_SCHEDULE[found - 1]
-    beyond = DEPTH_SCHEDULE[found] if found < len(DEPTH_SCHEDULE) else len(chain) + 1
-    for at in range(depth, min(beyond - 1, len(chain))):
-        if chain[at] == tail:
-            return at + 1
-    return depth
+    beyond = chain[depth : DEPTH_SCHEDULE[found] - 1] if found < len(DEPTH_SCHEDULE) else chain[depth:]
+    return depth + beyond.index(tail) + 1 if tail in beyond else depth

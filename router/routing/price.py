@@ -29,8 +29,8 @@ def refusal(
         return Ineligible.SATURATED
     if request.adapter and not state.has_adapter(request.adapter):
         return Ineligible.ADAPTER_MISSING
-    longest = state.max_model_len_tokens
-    if longest and request.prompt_tokens > longest:
+    longest = state.longest_tokens
+    if request.prompt_tokens > longest:
         tokens = request.prompt_tokens if request.prompt_tokens_exact else request.prompt_tokens * _ESTIMATE_SLACK
         if tokens > longest:
             return Ineligible.CONTEXT_TOO_LONG
@@ -55,12 +55,23 @@ def examine(
     iteration, and what the iterations needed cost besides prefill (base and decodes).
     """
     load = view.load(state.slot)
-    refused = refusal(state, load, request, exclude, now_s)
-    if refused:
-        return ExaminedTarget(state.slot, state.target_id, role, refused)
     tokens = request.prompt_tokens
+    if (
+        state.refusal
+        or exclude
+        or request.adapter
+        or load.inflight >= state.max_inflight
+        or load.circuit_until_s > now_s
+        or tokens > state.longest_tokens
+    ):
+        # Something may stand against it: only then the reasons are gone through one by one.
+        refused = refusal(state, load, request, exclude, now_s)
+        if refused:
+            return ExaminedTarget(state.slot, state.target_id, role, refused)
     cached = 0
-    if request.chain:
+    if request.block_hashes:
+        cached = _reported_tokens(view, state, request, load)
+    elif request.chain:
         chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, state.kv_capacity_tokens)
         if chunks:
             # The last prompt token is always computed: its logits give the first output token.
@@ -70,33 +81,48 @@ def examine(
     middle = cached + uncached * 0.5
     own_s = uncached * (state.prefill_s + state.context_s * middle) * correction
     own_reference_s = uncached * (pool.reference_prefill_s + pool.reference_context_s * middle)
-    step_s = (state.base_s + state.decode_s * load.decodes + state.decode_kv_s * load.kv_tokens) * correction
+    decodes = load.decodes
+    step_s = (state.base_s + state.decode_s * decodes + state.decode_kv_s * load.kv_tokens) * correction
     if load.queued_s > 0.0:
         wait_s, share = load.remaining(now_s)
         to_do = uncached + load.queued_tokens * share
     else:
         wait_s, to_do = 0.0, float(uncached)
-    room = state.batch_tokens - load.decodes
-    iterations = ceil(to_do / room) if room > 1.0 else ceil(to_do)
-    if load.decodes:
+    room = state.batch_tokens - decodes
+    if to_do > room:
+        wait_s += (ceil(to_do / room) if room > 1.0 else ceil(to_do)) * step_s
+    else:
+        wait_s += step_s
+    if decodes:
         # An engine in the middle of a step is on average half through it.
         wait_s += 0.5 * step_s
-    wait_s += iterations * step_s
-    price_s = (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s
     return ExaminedTarget(
         state.slot,
         state.target_id,
         role,
-        refused,
+        _ELIGIBLE,
         cached,
         uncached,
         own_s,
         own_reference_s,
         wait_s,
         margin_s,
-        price_s,
+        (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s,
         correction,
     )
+
+
+def _reported_tokens(view: FleetView, state: TargetState, request: RequestFeatures, load: Load) -> int:
+    """Leading prompt tokens on the target by what its engine reports, where it does; or by what is queued there, where
+    that is more: the engine reports a block only once it is computed."""
+    known = view.kv.leading_blocks(state.slot, request.block_hashes) if view.kv is not None else -1
+    # Without a view of the engine's cache, all that was sent within its capacity counts; with one, what is queued.
+    window_tokens = load.queued_tokens if known >= 0 else state.kv_capacity_tokens
+    chunks = 0
+    if request.chain and window_tokens:
+        chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, window_tokens)
+    tokens = max(known * request.block_tokens, int(chunks * request.chunk_tokens))
+    return min(max(tokens, 0), request.prompt_tokens - 1)
 
 
 def tpot(state: TargetState, load: Load, request: RequestFeatures, own_s: float) -> tuple[float, float]:

@@ -6,13 +6,16 @@ MAX_HOMES = 4
 
 
 class Ring:
-    """Sorted positions (64-bit) and the slot that owns each: two views over the bytes that ``ring_build`` made."""
+    """Sorted positions (64-bit), the slot that owns each, and an index by the keys' top bits that leaves a handful of
+    positions to search: views over the bytes that ``ring_build`` made."""
 
-    __slots__ = ("_positions", "_slots")
+    __slots__ = ("_index", "_positions", "_shift", "_slots")
 
-    def __init__(self, positions: memoryview, slots: memoryview) -> None:
+    def __init__(self, positions: memoryview, slots: memoryview, index: memoryview) -> None:
         self._positions = positions.cast("B").cast("Q")
         self._slots = slots.cast("B").cast("H")
+        self._index = index.cast("B").cast("I")
+        self._shift = 64 - (len(self._index) - 1).bit_length() + 1
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -22,16 +25,20 @@ class Ring:
         missing = wanted - len(homes)
         if missing <= 0:
             return
-        slots = self._slots
+        slots, index = self._slots, self._index
+        bucket = key >> self._shift
+        at = bisect_left(self._positions, key, index[bucket], index[bucket + 1])
         size = len(slots)
-        start = bisect_left(self._positions, key)
-        for at in range(start, start + size):
-            slot = slots[at if at < size else at - size]
+        for _ in range(size):
+            if at >= size:
+                at -= size
+            slot = slots[at]
             if slot not in homes:
                 homes.append(slot)
                 missing -= 1
                 if not missing:
                     return
+            at += 1
 
 
 class DualRing:

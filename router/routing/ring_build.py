@@ -44,7 +44,7 @@ def build_table(
         if previous and old and old.layout == described.layout:
             part = previous[1][old.offset : old.offset + old.size]
         else:
-            part = _build(pool.name, members, slots)
+            part = _build(described, members, slots)
         rings.append(described)
         parts.append(part)
         offset += described.size
@@ -104,13 +104,14 @@ def _describe(pool: Pool, members: list[tuple[str, int]], slots: Mapping[str, in
     )
 
 
-def _build(pool: str, members: list[tuple[str, int]], slots: Mapping[str, int]) -> bytes:
-    positions, owners = b"", b""
+def _build(ring: PoolRing, members: list[tuple[str, int]], slots: Mapping[str, int]) -> bytes:
+    positions, owners, indexes = b"", b"", b""
     numbers = np.array([slots[target_id] for target_id, _ in members], dtype="<u2")
     owner_of_point = np.repeat(numbers, [points for _, points in members]) if members else numbers
-    for ring in ("a", "b"):
+    bucket_starts = np.arange(ring.buckets, dtype="<u8") << np.uint64(64 - ring.buckets.bit_length() + 1 & 63)
+    for name in ("a", "b"):
         digests = b"".join(
-            hashlib.shake_128(f"twofold ring {ring}\x00{pool}\x00{target_id}".encode()).digest(8 * points)
+            hashlib.shake_128(f"twofold ring {name}\x00{ring.pool}\x00{target_id}".encode()).digest(8 * points)
             for target_id, points in members
         )
         points = np.frombuffer(digests, dtype="<u8")
@@ -121,4 +122,6 @@ def _build(pool: str, members: list[tuple[str, int]], slots: Mapping[str, int]) 
             order = np.argsort(points, kind="stable")
         positions += ranked.tobytes()
         owners += owner_of_point[order].tobytes()
-    return positions + owners + b"\x00" * (-len(owners) % 8)
+        index = np.append(np.searchsorted(ranked, bucket_starts), len(ranked))
+        indexes += index.astype("<u4").tobytes()
+    return b"".join(part + b"\x00" * (-len(part) % 8) for part in (positions, owners, indexes))

@@ -1,10 +1,11 @@
 """What a relay keeps per pool and per target between snapshots, and the view of it that policies read."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from math import inf
 from typing import Protocol
 
 from router.routing.accounts import Load
-from router.routing.prefix_table import target_salt
+from router.routing.prefix_table import YOUNG_SHARE, target_salt
 from router.routing.ring import DualRing
 from router.routing.types import Chain, RequestFeatures
 from twofold.model.fleet import Health, Pool, RoutingPolicy, Target
@@ -30,8 +31,8 @@ class TargetState:
         "decode_kv_s",
         "decode_s",
         "kv_capacity_tokens",
+        "longest_tokens",
         "max_inflight",
-        "max_model_len_tokens",
         "prefill_s",
         "profile",
         "refusal",
@@ -39,6 +40,7 @@ class TargetState:
         "slot",
         "target",
         "target_id",
+        "young_tokens",
     )
 
     def __init__(self, slot: int, target: Target, profile: EngineProfile, pool: Pool, correction: float = 1.0) -> None:
@@ -54,7 +56,9 @@ class TargetState:
         self.context_s = law.prefill_per_token_context_s
         self.batch_tokens = profile.max_num_batched_tokens
         self.kv_capacity_tokens = float(target.facts.kv_capacity_tokens or profile.kv_capacity_tokens)
-        self.max_model_len_tokens = target.facts.max_model_len_tokens or pool.max_model_len_tokens
+        self.young_tokens = YOUNG_SHARE * self.kv_capacity_tokens
+        self.longest_tokens: float = target.facts.max_model_len_tokens or pool.max_model_len_tokens or inf
+        """Prompt and output together; infinite where nobody said."""
         self.max_inflight = pool.max_inflight_per_target
         self.salt = target_salt(target.target_id, target.incarnation)
         self.refusal = _static_refusal(target)
@@ -120,6 +124,16 @@ class PoolState:
         """Price of one second of margin: MARGIN_TOKENS_PER_S tokens at reference speed."""
 
 
+class KvView(Protocol):
+    """What the engines themselves report of their caches (KV events), by the engines' own block hashes."""
+
+    def leading_blocks(self, slot: int, hashes: Sequence[int]) -> int:
+        """Leading blocks of a chain that the target at ``slot`` holds; -1 where nothing is known of its cache."""
+
+    def last_storer(self, hashes: Sequence[int]) -> tuple[int, int] | None:
+        """(slot, leading blocks) of the target that last stored the deepest block still held by any; None without."""
+
+
 class FleetView(Protocol):
     """What a policy may read. Nothing here changes what a later decision sees."""
 
@@ -133,6 +147,10 @@ class FleetView(Protocol):
     @property
     def cached_chunks(self) -> Callable[[int, Chain, float, float], int]:
         """Leading chunks of a chain that a target holds or has queued; see ``PrefixReader.cached_chunks``."""
+
+    @property
+    def kv(self) -> KvView | None:
+        """The engines' own reports, None where there are none at all."""
 
     def ring_key(
         self, request: RequestFeatures, state: PoolState, policy: RoutingPolicy, now_s: float

@@ -1,7 +1,7 @@
 """A request on the accounts, from dispatch to its end: the relay tells it what happens, it keeps the books right."""
 
 from router.routing.accounts import AccountsWriter, Entry
-from router.routing.prefix import scheduled_depths
+from router.routing.prefix import scheduled_hashes
 from router.routing.prefix_table import PrefixWriter
 from router.routing.state import TargetState
 from router.routing.types import Decision, RequestFeatures
@@ -13,7 +13,7 @@ _TELLING_TOKENS = 512
 class Ticket:
     """Returned by ``LiveFleet.account``. Every method may be called at any time, in any order, any number of times."""
 
-    __slots__ = ("_decision", "_entry", "_prefixes", "_request", "_sent_s", "_stamp", "_state", "_writer", "slot")
+    __slots__ = ("_decision", "_entered", "_entry", "_prefixes", "_request", "_sent_s", "_state", "_writer", "slot")
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Ticket:
         request: RequestFeatures,
         decision: Decision,
         state: TargetState | None,
-        stamp_tokens: float,
+        entered: int,
         now_s: float,
     ) -> None:
         self._writer = writer
@@ -32,7 +32,7 @@ class Ticket:
         self._request = request
         self._decision = decision
         self._state = state
-        self._stamp = stamp_tokens
+        self._entered = entered
         self._sent_s = now_s
         self.slot = entry.slot
 
@@ -76,9 +76,8 @@ class Ticket:
         never_ran = failed and not entry.decoding
         self._writer.finish(entry)
         if never_ran and self._state is not None and self._request.chain:
-            chain = self._request.chain
-            hashes = [chain[depth - 1] for depth in scheduled_depths(len(chain))]
-            self._prefixes.forget(self._state.salt, hashes, self._stamp)
+            hashes = scheduled_hashes(self._request.chain)
+            self._prefixes.forget(self._state.salt, hashes, self._entered, self._sent_s)
 
     def _learn(self, observed_s: float) -> None:
         """Only a cold, long prefill on a target that did little else is evidence of its speed."""

@@ -103,6 +103,9 @@ class RequestFeatures(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     arrival_s: float = 0.0
     chain: Chain = ()
     chunk_tokens: float = 256.0
+    block_hashes: tuple[int, ...] = ()
+    """The engine's own hashes of the prompt's full KV blocks, where they are known: what its events speak of."""
+    block_tokens: int = 16
     prompt_tokens: int = 1
     prompt_tokens_exact: bool = False
     unique_key: int = 0

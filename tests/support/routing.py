@@ -1,5 +1,6 @@
 """Fleets for tests of the routing core."""
 
+import random
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -8,11 +9,14 @@ from router.routing.buffers import Buffers, in_memory
 from router.routing.live import LiveFleet
 from router.routing.ring_build import build_table
 from router.routing.table import RoutingTable, decode, encode
-from router.routing.types import RequestFeatures
+from router.routing.ticket import Ticket
+from router.routing.types import Decision, RequestFeatures
 from twofold.model.fleet import FleetSnapshot, Health, Pool, RoutingPolicy, Target
 from twofold.model.profile import EngineProfile, StepLaw
+from twofold.model.reasons import RouteReason
 
 PREFIX_ENTRIES = 1 << 12
+NOW = 1000.0
 
 FAST = EngineProfile(
     name="fast",
@@ -98,3 +102,35 @@ def request(chain: Sequence[int] = (), **changes: object) -> RequestFeatures:
         unique_key=0x9E3779B97F4A7C15,
     )
     return msgspec.structs.replace(made, **changes)
+
+
+def chain_of(seed: int, length: int) -> tuple[int, ...]:
+    """A chain of its own for every seed."""
+    rng = random.Random(seed)
+    return tuple(rng.getrandbits(64) for _ in range(length))
+
+
+def one_live(fleet: FleetSnapshot) -> LiveFleet:
+    """The LiveFleet of a replica of one relay."""
+    return live_fleets(fleet)[0]
+
+
+def serve(live: LiveFleet, asked: RequestFeatures, now_s: float = NOW) -> Decision:
+    """Decides and accounts; the request then ends at once, with its prefix left in the cache."""
+    decision = live.decide(asked, now_s)
+    ticket = live.account(asked, decision, now_s)
+    ticket.assume_first_token(now_s)
+    ticket.finish(now_s)
+    return decision
+
+
+def occupy(live: LiveFleet, slot: int, tokens: int, now_s: float = NOW) -> Ticket:
+    """A cold request of ``tokens`` tokens that was sent to ``slot`` and has not answered."""
+    there = live.target(slot)
+    assert there is not None
+    asked = request(prompt_tokens=tokens, request_id="load")
+    work_s = FAST.law.prefill_work_s(tokens, 0)
+    decision = Decision(
+        slot, there.target_id, RouteReason.HOME, "load", "p", "twofold", now_s, tokens, (), 0, tokens, work_s, work_s
+    )
+    return live.account(asked, decision, now_s)

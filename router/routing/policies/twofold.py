@@ -1,6 +1,7 @@
-"""Twofold's policy: four home targets from two rings, one least-work escape, the cheapest of them."""
+"""Twofold's policy: four home targets from two rings, the last storer, one least-work escape; the cheapest of them."""
 
 from collections.abc import Collection
+from math import inf
 
 from router.routing.policies.common import choose, find_any
 from router.routing.price import examine
@@ -20,38 +21,47 @@ def decide(
     now_s: float,
     exclude: Collection[int],
 ) -> Decision:
-    """Ranks at most five targets by price, whatever the fleet's size. It never turns to load alone, not in overload
-    either: that burns the cache when it is needed most (measured: docs/routing.md)."""
+    """Ranks at most six targets by price, whatever the fleet's size. It never turns to load alone, not in overload
+    either: that burns the cache when it is needed most (measured: docs/routing.md).
+
+    The escape's price is at least the margin, so it is not even looked for while something cheaper than that is known.
+    """
     key, key_depth = view.ring_key(request, pool, policy, now_s)
     alpha, by_slot = policy.alpha, pool.by_slot
+    homes = pool.ring.homes(key)
     examined: list[ExaminedTarget] = []
     best: ExaminedTarget | None = None
-    eligible = 0
-    homes = pool.ring.homes(key)
+    least_s = inf
+    reason = RouteReason.HOME
     for slot, role in zip(homes, _HOME_ROLES, strict=False):
         state = by_slot.get(slot)
         if state is None:
             continue
         candidate = examine(view, pool, state, role, request, alpha, 0.0, exclude, now_s)
         examined.append(candidate)
-        if not candidate.ineligible:
-            eligible += 1
-            if best is None or candidate.price_s < best.price_s:
-                best = candidate
-    reason = RouteReason.HOME
-    escape = view.least_work(request, pool, exclude, now_s)
-    if escape is not None and escape not in homes:
-        margin_s = policy.margin_s * pool.margin_unit_s
-        candidate = examine(view, pool, by_slot[escape], TargetRole.ESCAPE, request, alpha, margin_s, exclude, now_s)
-        examined.append(candidate)
-        if not candidate.ineligible:
-            eligible += 1
-            if best is None or candidate.price_s < best.price_s:
+        if candidate.price_s < least_s and not candidate.ineligible:
+            best, least_s = candidate, candidate.price_s
+    if request.block_hashes and view.kv is not None:
+        storer = view.kv.last_storer(request.block_hashes)
+        state = by_slot.get(storer[0]) if storer is not None and storer[0] not in homes else None
+        if state is not None:
+            candidate = examine(view, pool, state, TargetRole.LAST_STORER, request, alpha, 0.0, exclude, now_s)
+            examined.append(candidate)
+            if candidate.price_s < least_s and not candidate.ineligible:
+                best, least_s, reason = candidate, candidate.price_s, RouteReason.LAST_STORER
+    margin_s = policy.margin_s * pool.margin_unit_s
+    if least_s > margin_s:
+        escape = view.least_work(request, pool, exclude, now_s)
+        if escape is not None and all(escape != candidate.slot for candidate in examined):
+            state = by_slot[escape]
+            candidate = examine(view, pool, state, TargetRole.ESCAPE, request, alpha, margin_s, exclude, now_s)
+            examined.append(candidate)
+            if candidate.price_s < least_s and not candidate.ineligible:
                 best, reason = candidate, RouteReason.ESCAPE
     if best is None:
         return find_any(view, pool, request, policy, now_s, exclude, examined, key, key_depth)
     if exclude:
         reason = RouteReason.RETRY
-    elif eligible == 1 and len(pool.targets) == 1:
+    elif len(pool.targets) == 1:
         reason = RouteReason.ONLY_TARGET
     return choose(view, pool, request, policy, now_s, examined, best, reason, key, key_depth)

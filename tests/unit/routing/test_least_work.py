@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routing import live_fleets, live_on, request, snapshot, target
+from support.routing import chain_of, live_fleets, live_on, request, snapshot, target
 
 from router.routing.accounts import LoadRow
 from router.routing.buffers import in_memory
@@ -45,7 +45,7 @@ def test_no_more_than_four_are_passed_over() -> None:
 
 def test_idle_targets_that_take_no_work_do_not_hide_the_least_loaded() -> None:
     live = live_fleets(snapshot([target(i, cordoned=i < 10) for i in range(20)]))[0]
-    seen = live.decide(request((5,)), 0.0).examined
+    seen = live.decide(request(chain_of(5, 40)), 0.0).examined
     escapes = [s for s in seen if s.role is TargetRole.ESCAPE]
     assert escapes
     assert not escapes[0].ineligible

@@ -87,8 +87,10 @@ class Table:
         self.writer = PrefixWriter(self.region)
         self.reader = PrefixReader((self.region,))
 
-    def send(self, values: tuple[int, ...], stamp: float = 0.0, salt: int = SALT) -> None:
-        self.writer.insert(salt, hashes_of(values), values[-1], stamp, 1.0)
+    def send(
+        self, values: tuple[int, ...], stamp: float = 0.0, salt: int = SALT, now_s: float = 1.0, young: float = 0.0
+    ) -> int:
+        return self.writer.insert(salt, hashes_of(values), values[-1], stamp, now_s, young)
 
     def held(self, values: tuple[int, ...], stored: float = 0.0, capacity: float = 100.0, salt: int = SALT) -> int:
         return self.reader.cached_chunks(salt, values, stored, capacity)
@@ -146,12 +148,73 @@ def test_the_deepest_of_several_regions_counts() -> None:
 def test_a_forgotten_prompt_is_gone_unless_it_was_sent_again() -> None:
     table = Table()
     values = random_chain(random.Random(1), 12)
-    table.send(values, stamp=5.0)
-    table.writer.forget(SALT, hashes_of(values), 4.0)
+    entered = table.send(values, now_s=5.0)
+    table.writer.forget(SALT, hashes_of(values), entered, 4.0)
     assert table.held(values) == 12
-    table.writer.forget(SALT, hashes_of(values), 5.0)
+    table.writer.forget(SALT, hashes_of(values), entered, 5.0)
     assert table.held(values) == 0
     assert not any(table.region[:32])
+
+
+@pytest.mark.parametrize("young", [0.0, 50.0])
+def test_forgetting_leaves_what_was_there_before_and_what_was_sent_since(young: float) -> None:
+    table = Table()
+    rng = random.Random(1)
+    first = random_chain(rng, 5)
+    longer = random_chain(rng, 12, first)
+    other = random_chain(rng, 9, longer[:7])
+    table.send(first, stamp=1.0, now_s=1.0, young=young)
+    entered = table.send(longer, stamp=2.0, now_s=2.0, young=young)
+    table.send(other, stamp=3.0, now_s=3.0, young=young)
+    table.writer.forget(SALT, hashes_of(longer), entered, 2.0)
+    assert table.held(other, stored=3.0) == 9
+    assert table.held(longer, stored=3.0) == 7, "common with what was sent since"
+    alone = Table()
+    alone.send(first, stamp=1.0, now_s=1.0, young=50.0)
+    entered = alone.send(longer, stamp=2.0, now_s=2.0, young=50.0)
+    alone.writer.forget(SALT, hashes_of(longer), entered, 2.0)
+    assert alone.held(longer, stored=2.0) == 5
+    # Sent again whole, nothing new was entered: what led to the failed prompt leads nowhere now.
+    again = alone.send(first, stamp=2.0, now_s=4.0, young=50.0)
+    assert again == 0
+    alone.writer.forget(SALT, hashes_of(first), again, 4.0)
+    assert alone.held(first, stored=2.0) == 5
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=40),
+    st.integers(0, 2**32),
+)
+def test_young_entries_are_left_alone_and_nothing_is_believed_longer_or_deeper_for_it(
+    sent: list[tuple[int, int, int]], seed: int
+) -> None:
+    """Sessions that grow, fork and come back, against a table that enters every depth every time."""
+    rng = random.Random(seed)
+    capacity, young = 100.0, 10.0
+    lazy, thorough = Table(), Table()
+    trunk = random_chain(rng, 60)
+    sessions = [trunk[: 8 * number] + random_chain(rng, 60 - 8 * number) for number in range(7)]
+    stored = 0.0
+    for number, length, tokens in sent:
+        values = sessions[number][:length]
+        assert lazy.send(values, stamp=stored, now_s=stored, young=young) <= len(hashes_of(values))
+        thorough.send(values, stamp=stored, now_s=stored)
+        stored += tokens
+        for asked in sessions:
+            held = lazy.held(asked, stored, capacity)
+            assert held <= thorough.held(asked, stored, capacity)
+            assert held >= thorough.held(asked, stored, capacity - young)
+
+
+def test_a_prompt_sent_again_and_again_costs_one_look() -> None:
+    table = Table()
+    values = random_chain(random.Random(1), 512)
+    assert table.send(values, stamp=1000.0, young=100.0) == len(hashes_of(values))
+    assert table.send(values, stamp=1100.0, young=100.0) == 0
+    assert table.send((*values, 1), stamp=1100.0, young=100.0) == 0, "no scheduled depth more"
+    assert table.held((*values, 1), stored=1100.0) == 513
+    assert table.send(values, stamp=1101.0, young=100.0) == len(hashes_of(values)), "not young any more"
 
 
 def test_a_flood_replaces_the_oldest_and_takes_no_more_memory() -> None:
