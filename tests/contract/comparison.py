@@ -1,9 +1,9 @@
 """How an answer is compared with a recorded one, and what may differ.
 
 What may differ by nature is replaced by its kind: ids, times, texts, token ids and their log probabilities, the
-fingerprint, counts of tokens of a text (each engine under test has a tokenizer of its own), lists with an entry a token,
-and how many events a stream has (an engine merges tokens when it is late). All else has to be equal: status, header
-names, order and values, keys and their order of appearance in events, types, flags, reasons, error bodies word for word.
+fingerprint, counts of tokens of a text (each engine under test has a tokenizer of its own), lists with an entry a
+token, and how many events a stream has (an engine merges tokens when it is late). All else has to be equal: status,
+header names, order and values, keys, types, flags, reasons, the order of events, error bodies word for word.
 """
 
 import json
