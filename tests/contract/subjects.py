@@ -45,6 +45,12 @@ DEVELOPMENT = Flavour(
     vllm=(*_LORA, *_PRIORITY),
     environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
 )
+DEVELOPMENT_WITHOUT_SCALE_OUT = msgspec.structs.replace(
+    DEVELOPMENT,
+    name="closed",
+    emulator=(*DEVELOPMENT.emulator, "--no-enable-scale-out"),
+    vllm=(*DEVELOPMENT.vllm, "--no-enable-scale-out"),
+)
 RANKS = Flavour(name="ranks", emulator=("--data-parallel-size", "2"), vllm=("--data-parallel-size", "2"))
 SMALL = Flavour(
     name="small",
