@@ -8,6 +8,7 @@ launcher keeps it open, connections that arrive while a relay is started again w
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -381,6 +382,16 @@ def _exit_text(code: int) -> str:
         return f"signal {-code}"
 
 
+def raise_file_limit() -> int:
+    """Let the children open as many files as this user may: each stream takes two. Returns that number."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("the limit of open files stays as it is", extra={"reason": str(error)})
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m router``."""
     settings = settings_loader.load(
@@ -395,4 +406,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"router: error: {error}\n")
         return EXIT_USAGE
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    raise_file_limit()
     return Launcher(settings).run()

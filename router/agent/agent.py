@@ -18,6 +18,7 @@ from router.agent.admin import AdminServer
 from router.agent.commands import Commands
 from router.agent.control_server import ControlServer
 from router.agent.demand import DemandMeter
+from router.agent.figures import AgentFigures, Parts
 from router.agent.link import ControlPlaneLink, Credentials
 from router.agent.load import LoadCollector, SlotMap
 from router.agent.processes import process_series, replica_pids
@@ -30,13 +31,13 @@ from router.agent.slots import SlotTable
 from router.agent.store import SnapshotStore
 from router.routing import table as tables
 from router.routing.accounts import AccountsReader
-from router.shm.counters import FamilyLine
 from router.shm.exposition import CounterBook, SeriesValue, render
 from router.shm.files import SharedMemoryError
 from router.shm.heartbeat import Beat, ProcessState
 from router.shm.layout import region_sizes, regions_of
 from router.shm.replica import AGENT, Region, SharedReplica, agent_socket, writer_name
 from twofold.model.fleet import FleetSnapshot, Slo
+from twofold.runtime.monitor import RuntimeMonitor
 from twofold.runtime.port import ProfilePort
 from twofold.v1 import router_pb2 as pb
 
@@ -94,6 +95,19 @@ class Agent:
             beside=self._reporter.run,
             rng=random.Random(),
         )
+        self._monitor = RuntimeMonitor()
+        self._slab = replica.counters("agent")
+        parts = Parts(
+            link=self._link,
+            reporter=self._reporter,
+            collector=collector,
+            remote=self._remote,
+            publisher=self._publisher,
+            commands=commands,
+            control=self._control,
+            relays=lambda: len(self._fresh_relays()),
+        )
+        self._figures = AgentFigures(self._slab, parts, self._monitor)
         profiles = ReplicaProfiles(self._control)
         self._admin = AdminServer(
             metrics=self._metrics,
@@ -142,12 +156,14 @@ class Agent:
             self._link.resume_from(table.snapshot)
             self._source = "shared memory"
             log.info("attached to a running replica", extra={"targets": len(table.slots)})
+        self._monitor.watch_collector()
         async with self._control:
             await self._admin.start(self._socket)
             jobs = [
                 self._start(self._publisher.run(), "publish"),
                 self._start(self._link.run(), "link"),
                 self._start(self._keep_house(), "house"),
+                self._start(self._monitor.watch_loop(), "lag"),
                 self._start(self._sample(), "sample"),
                 self._start(self._fall_back_to_disk(), "disk"),
             ]
@@ -163,7 +179,9 @@ class Agent:
                 await asyncio.gather(*jobs, return_exceptions=True)
                 await self._admin.stop()
         self._heartbeat.beat(time.monotonic(), ProcessState.STOPPED, self._replica.board.version, 0)
+        self._monitor.close()
         self._book.close()
+        self._slab.close()
         log.info("agent stopped")
 
     def _start(self, job: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -222,6 +240,7 @@ class Agent:
         while True:
             now_s = time.monotonic()
             self._heartbeat.beat(now_s, ProcessState.SERVING, self._replica.board.version, 0)
+            self._figures.flush(now_s)
             for name in self._remote.expire(now_s):
                 log.warning("replica is silent, its load is forgotten", extra={"peer": name})
             await asyncio.sleep(BEAT_S)
@@ -303,27 +322,8 @@ class Agent:
         totals = self._totals()
         beats = self._fresh_relays()
         pids = replica_pids({name: beat.pid for name, beat in beats.items()})
-        series = [*totals, *process_series(pids), *self._own_series(beats)]
+        series = [*totals, *process_series(pids), *self._figures.series()]
         return render(sorted(series, key=lambda item: (item.family.name, item.values)))
-
-    def _own_series(self, beats: Mapping[str, Beat]) -> list[SeriesValue]:
-        table = self._publisher.table
-        usable = sum(target.takes_work for target in table.snapshot.targets) if table is not None else 0
-        link, reporter = self._link, self._reporter
-        figures: list[tuple[str, str, str, float]] = [
-            ("twofold_relays", "gauge", "Relay processes that beat", len(beats)),
-            ("twofold_control_plane_connected", "gauge", "Whether the watch is open", link.connected),
-            ("twofold_control_plane_reconnects_total", "counter", "Watches that ended", link.reconnects),
-            ("twofold_targets", "gauge", "Targets in the routing table", len(table.slots) if table else 0),
-            ("twofold_usable_targets", "gauge", "Targets that take work", usable),
-            ("twofold_targets_without_slot", "gauge", "Targets left out", len(self._publisher.without_slot)),
-            ("twofold_snapshots_published_total", "counter", "Routing tables published", self._publisher.published),
-            ("twofold_ring_build_seconds", "gauge", "Time of the last build", self._publisher.build_s),
-            ("twofold_report_ticks_sent_total", "counter", "Load ticks sent", reporter.ticks_sent),
-            ("twofold_report_ticks_received_total", "counter", "Load ticks of peers", reporter.ticks_received),
-            ("twofold_peers", "gauge", "Other replicas heard of", len(self._remote.peers)),
-        ]
-        return [SeriesValue(FamilyLine(name, kind, text), (), (float(value),)) for name, kind, text, value in figures]
 
 
 def _beat_state(beat: Beat, now_s: float) -> dict[str, Any]:

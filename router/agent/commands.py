@@ -44,12 +44,15 @@ class Commands:
         self._control = control
         self._top = top
         self._running = 0
+        self.refused = 0
+        """Commands that were not begun because too many were running."""
 
     async def run(self, command: pb.RouterCommand) -> pb.CommandResult:
         """The answer to ``command``, at the latest when its deadline passes; never raises."""
         deadline_s = min(command.deadline_s if command.deadline_s > 0 else DEFAULT_DEADLINE_S, MAX_DEADLINE_S)
         result = pb.CommandResult(command_id=command.command_id, replica_id=self._replica_id)
         if self._running >= MAX_RUNNING:
+            self.refused += 1
             return _failed(result, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many commands are running")
         self._running += 1
         try:
@@ -120,6 +123,11 @@ class Commands:
                     raise
                 failure = error
         raise failure
+
+    @property
+    def running(self) -> int:
+        """Commands being answered."""
+        return self._running
 
     @property
     def replica_id(self) -> str:

@@ -51,11 +51,18 @@ class ControlServer:
         self._ids = itertools.count(1)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self.refused = 0
+        """Commands and connections beyond the bounds."""
 
     @property
     def relays(self) -> list[int]:
         """Indices of the connected relays."""
         return sorted(self._links)
+
+    @property
+    def pending(self) -> int:
+        """Answers that all relays owe."""
+        return sum(len(link.pending) for link in self._links.values())
 
     async def __aenter__(self) -> "ControlServer":
         self._path.unlink(missing_ok=True)
@@ -81,6 +88,7 @@ class ControlServer:
         if link is None:
             raise RelayGoneError(f"relay {relay} is not connected")
         if len(link.pending) >= MAX_PENDING:
+            self.refused += 1
             raise RelayGoneError(f"relay {relay} owes too many answers")
         frame = encode_frame(message)
         future: asyncio.Future[RelayMessage] = asyncio.get_running_loop().create_future()
@@ -106,6 +114,7 @@ class ControlServer:
         relay: int | None = None
         try:
             if len(self._tasks) > MAX_CONNECTIONS:
+                self.refused += 1
                 raise ControlError("too many connections")
             decoder = agent_side()
             while True:

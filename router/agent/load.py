@@ -76,6 +76,11 @@ class LoadCollector:
         """Changed slots that did not fit into the last tick."""
         return len(self._changed)
 
+    @property
+    def overruns(self) -> tuple[int, int]:
+        """How often changed slots, and sent prefixes, were missed because this lagged behind a relay."""
+        return sum(reader.overruns for reader in self._dirty), sum(reader.overruns for reader in self._sent)
+
     def restart(self) -> None:
         """Begin a new stream: its reader knows nothing yet."""
         self._last.clear()

@@ -13,12 +13,13 @@ _RSS = FamilyLine(
 )
 _CPU = FamilyLine("twofold_process_cpu_seconds_total", "counter", "User and system CPU time of this life", ("process",))
 _START = FamilyLine("twofold_process_start_time_seconds", "gauge", "Start, seconds since the Unix epoch", ("process",))
+_MAX_FDS = FamilyLine("twofold_process_max_fds", "gauge", "Most descriptors that it may open", ("process",))
 _FDS = FamilyLine("twofold_process_open_fds", "gauge", "Open file descriptors", ("process",))
 
 
 def process_series(pids: Mapping[str, int]) -> list[SeriesValue]:
     """Figures of the processes by name, grouped by metric; processes that are gone are left out."""
-    found: dict[FamilyLine, list[SeriesValue]] = {_RSS: [], _CPU: [], _START: [], _FDS: []}
+    found: dict[FamilyLine, list[SeriesValue]] = {_RSS: [], _CPU: [], _START: [], _FDS: [], _MAX_FDS: []}
     for name, pid in sorted(pids.items()):
         try:
             process = psutil.Process(pid)
@@ -29,6 +30,7 @@ def process_series(pids: Mapping[str, int]) -> list[SeriesValue]:
                     _CPU: times.user + times.system,
                     _START: process.create_time(),
                     _FDS: float(process.num_fds()),
+                    _MAX_FDS: float(process.rlimit(psutil.RLIMIT_NOFILE)[0]),
                 }
         except psutil.Error:
             continue

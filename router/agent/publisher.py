@@ -109,6 +109,11 @@ class Publisher:
         """The table in force."""
         return self._built[0] if self._built is not None else None
 
+    @property
+    def slot_counts(self) -> tuple[int, int, int]:
+        """Slots in use, resting after use, never used."""
+        return self._slots.counts
+
     def adopt(self, table: RoutingTable, rings: bytes) -> None:
         """Go on with what an earlier agent published."""
         self._built = (table, rings)

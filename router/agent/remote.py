@@ -104,6 +104,11 @@ class RemoteLoad:
         """Replicas that are counted, and when they were last heard of (CLOCK_MONOTONIC)."""
         return {name: peer.seen_s for name, peer in self._peers.items() if not peer.silent}
 
+    @property
+    def prefix_evictions(self) -> int:
+        """Entries of the table of remote prefixes that made room for others."""
+        return self._prefixes.evictions
+
     def recover(self, now_s: float) -> None:
         """Begin after an earlier agent: its peers' work is unknown until they report; what they stored stays."""
         for slot in range(self._remote.slots):

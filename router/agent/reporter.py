@@ -55,6 +55,8 @@ class Reporter:
         self._monotonic = monotonic
         self._queue: deque[pb.ReportRequest] = deque(maxlen=MAX_QUEUED)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.dropped = 0
+        """Answers that made room for later ones."""
         self.ticks_sent = 0
         self.ticks_received = 0
         self.connected = False
@@ -138,7 +140,9 @@ class Reporter:
 
     def _start_command(self, command: pb.RouterCommand) -> None:
         async def answer() -> None:
-            self._queue.append(pb.ReportRequest(result=await self._commands.run(command)))
+            result = await self._commands.run(command)
+            self.dropped += len(self._queue) == MAX_QUEUED
+            self._queue.append(pb.ReportRequest(result=result))
 
         task = asyncio.create_task(answer(), name="command")
         self._tasks.add(task)

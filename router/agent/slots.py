@@ -43,6 +43,11 @@ class SlotTable:
         """Number of slots ever given out: all others are fresh."""
         return self._high_water
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Slots in use, resting after use, never used."""
+        return len(self._assigned), len(self._resting), self._slots - self._high_water
+
     def update(self, targets: Iterable[str], now_s: float, is_busy: Callable[[int], bool]) -> list[str]:
         """Make the table hold just ``targets``; returns those for which no slot is free now."""
         wanted = list(targets)
