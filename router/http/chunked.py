@@ -174,9 +174,12 @@ def whole_chunks(data: bytes) -> int:
     Returns the offset of the last-chunk marker or of the end of ``data``; -1 when the bytes must take the decoding path
     (a chunk cut by the read, an event cut by a chunk, extensions, trailers).
     """
-    position = 0
     size = len(data)
     match = _SIZE_LINE.match
+    found = match(data)
+    if found is not None and found.end() + int(found[1], 16) + 2 == size and data.endswith(b"\n\n\r\n"):
+        return size  # one event in one chunk: the usual read
+    position = 0
     while position < size:
         found = match(data, position)
         if found is None:

@@ -1,7 +1,7 @@
 """Which headers pass through the router, and the heads it writes on both sides."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from router.http.head import RequestHead, connection_tokens
 from router.http.response_head import ResponseHead
@@ -75,72 +75,77 @@ def request_to_worker(
     data_parallel_rank: int | None,
 ) -> bytes:
     """Head of the request as the worker gets it: same method, target (behind ``prefix``) and unknown headers."""
-    dropped = _NOT_TO_WORKERS
+    if data_parallel_rank is not None:
+        lines = lines_for_worker(head, _RANK) + b"x-data-parallel-rank: %d\r\n" % data_parallel_rank
+    else:
+        lines = head.worker_lines or lines_for_worker(head)
+    return b"%b %b%b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+        head.method,
+        prefix,
+        head.target,
+        host,
+        request_id,
+        lines,
+        body_bytes,
+    )
+
+
+def lines_for_worker(head: RequestHead, without: frozenset[bytes] = frozenset()) -> bytes:
+    """The client's header lines that a worker gets, less those named ``without``."""
+    dropped = _NOT_TO_WORKERS | without
     if b"connection" in head.fields:
         named = connection_tokens(head.headers)
         if not named <= _CONNECTION_WORDS:
             dropped = dropped | (named - _NEVER_DROPPED)
-    if data_parallel_rank is not None:
-        dropped = dropped | {b"x-data-parallel-rank"}
-    parts = [
-        b"%b %b%b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (head.method, prefix, head.target, host, request_id)
-    ]
-    parts += [b"%b: %b\r\n" % field for field in head.headers if field[0] not in dropped]
-    if data_parallel_rank is not None:
-        parts.append(b"x-data-parallel-rank: %d\r\n" % data_parallel_rank)
-    parts.append(b"content-length: %d\r\n\r\n" % body_bytes)
-    return b"".join(parts)
+    return b"".join([b"%b: %b\r\n" % field for field in head.headers if field[0] not in dropped])
 
 
+_RANK = frozenset({b"x-data-parallel-rank"})
 _CONNECTION_WORDS = frozenset({b"keep-alive", b"close", b""})
 _NEVER_DROPPED = frozenset({b"content-type"})
 
 
+def lines_for_client(head: ResponseHead) -> bytes:
+    """Status line and header lines of a worker's response that a client gets."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, REASONS.get(head.status, b"Status"))]
+    lines += [b"%b: %b\r\n" % field for field in head.headers if field[0] not in _NOT_TO_CLIENTS]
+    return b"".join(lines)
+
+
 def response_to_client(
-    head: ResponseHead,
-    *,
-    extra: Iterable[tuple[bytes, bytes]],
-    content_length: int | None,
-    chunked: bool,
-    keep_alive: bool,
-    http10: bool,
+    head: ResponseHead, *, extra: bytes, content_length: int | None, chunked: bool, keep_alive: bool, http10: bool
 ) -> bytes:
-    """Head of a worker's response as the client gets it.
+    """Head of a worker's response as the client gets it, with ``extra`` header lines.
 
     Neither length nor chunked: the body ends with the connection.
     """
-    return response_head(
-        head.status,
-        [field for field in head.headers if field[0] not in _NOT_TO_CLIENTS],
-        extra=extra,
-        content_length=content_length,
-        chunked=chunked,
-        keep_alive=keep_alive,
-        http10=http10,
-    )
+    lines = (head.client_lines or lines_for_client(head)) + extra
+    return lines + _framing_lines(content_length, chunked, keep_alive, http10)
+
+
+def _framing_lines(content_length: int | None, chunked: bool, keep_alive: bool, http10: bool) -> bytes:
+    """How the body ends and what becomes of the connection, with the empty line."""
+    if chunked:
+        lines = b"transfer-encoding: chunked\r\n"
+    elif content_length is not None:
+        lines = b"content-length: %d\r\n" % content_length
+    else:
+        lines = b""
+    if not keep_alive:
+        return lines + b"connection: close\r\n\r\n"
+    return lines + (b"connection: keep-alive\r\n\r\n" if http10 else b"\r\n")
 
 
 def response_head(
     status: int,
     headers: Sequence[tuple[bytes, bytes]],
     *,
-    extra: Iterable[tuple[bytes, bytes]] = (),
     content_length: int | None,
-    chunked: bool = False,
     keep_alive: bool,
     http10: bool = False,
 ) -> bytes:
-    """A response head, its empty line included."""
-    parts = [b"HTTP/1.1 %d %b\r\n" % (status, REASONS.get(status, b"Status"))]
-    parts += [b"%b: %b\r\n" % field for field in headers]
-    parts += [b"%b: %b\r\n" % field for field in extra]
-    if chunked:
-        parts.append(b"transfer-encoding: chunked\r\n")
-    elif content_length is not None:
-        parts.append(b"content-length: %d\r\n" % content_length)
-    if not keep_alive:
-        parts.append(b"connection: close\r\n")
-    elif http10:
-        parts.append(b"connection: keep-alive\r\n")
-    parts.append(b"\r\n")
-    return b"".join(parts)
+    """Head of a response that the router makes itself, its empty line included."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (status, REASONS.get(status, b"Status"))]
+    lines += [b"%b: %b\r\n" % field for field in headers]
+    lines.append(_framing_lines(content_length, False, keep_alive, http10))
+    return b"".join(lines)

@@ -23,7 +23,8 @@ class HttpError(Exception):
 class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
     """One request head. ``target`` is origin-form (path and query as sent); header names are lower case.
 
-    ``content_length`` is None where the head has none; it and ``chunked`` exclude one another.
+    ``content_length`` is None where the head has none; it and ``chunked`` exclude one another. It is not among the
+    headers: heads that differ in nothing else share them.
     """
 
     method: bytes
@@ -36,6 +37,8 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
     content_length: int | None
     chunked: bool
     keep_alive: bool
+    worker_lines: bytes = b""
+    """The header lines that a worker gets, where they were made beforehand."""
 
     @property
     def expects_continue(self) -> bool:
@@ -92,6 +95,8 @@ def parse_head(data: bytes, max_headers: int) -> RequestHead:
     if not http10 and b"host" not in fields:
         raise _bad("missing host header")
     content_length, chunked = _framing(fields, http10)
+    if fields.pop(b"content-length", None) is not None:
+        headers = [field for field in headers if field[0] != b"content-length"]
     query = target.find(b"?")
     return RequestHead(
         method=parser.get_method(),

@@ -27,6 +27,8 @@ class ResponseHead(msgspec.Struct, frozen=True, kw_only=True):
     content_length: int | None
     chunked: bool
     keep_alive: bool
+    client_lines: bytes = b""
+    """Status line and the header lines that clients get, where they were made beforehand."""
 
     @property
     def is_event_stream(self) -> bool:

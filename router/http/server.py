@@ -8,7 +8,8 @@ from typing import cast
 from router.http.chunked import ChunkedDecoder, FramingError
 from router.http.exchange import ClientExchange, Handler, Reply, Request
 from router.http.forward import response_head
-from router.http.head import HttpError, RequestHead, parse_head
+from router.http.head import HttpError, RequestHead
+from router.http.known_heads import RequestHeads
 from router.http.limits import BufferBudget, HttpLimits
 from twofold.model.reasons import RejectReason
 
@@ -27,6 +28,7 @@ class HttpServer:
         self.limits = limits
         self.budget = budget
         self.clock = clock
+        self.heads = RequestHeads(limits.header_count)
         self.connections: set[ClientConnection] = set()
         self.draining = False
 
@@ -278,7 +280,7 @@ class ClientConnection(asyncio.Protocol):
             self._await_head()
             return
         now_s = server.clock()
-        head = self._head = parse_head(buffer[: end + 4], limits.header_count)
+        head = self._head = server.heads.read(buffer[: end + 4])
         self._keep_alive = head.keep_alive
         self._wait_head_s = 0.0
         reply = self._early_reply(head)

@@ -24,14 +24,13 @@ class _Entry:
 
 
 class DecisionLog:
-    """A ring of the last ``limit`` decisions, found by request id."""
+    """A ring of the last ``limit`` decisions. Adding is what happens for every request; finding may take a while."""
 
     def __init__(self, limit: int, wall_clock: Callable[[], float]) -> None:
         self._limit = max(1, limit)
         self._wall_clock = wall_clock
         self._ring: list[_Entry] = []
         self._next = 0
-        self._by_id: dict[str, list[_Entry]] = {}
         self.forgotten = 0
         """Decisions that made room for later ones."""
         self._encode = msgspec.msgpack.Encoder().encode
@@ -42,20 +41,19 @@ class DecisionLog:
     def add(self, decision: Decision, epoch: int, version: int) -> "_Entry":
         """Remember a decision made on snapshot ``(epoch, version)``; set ``observed_ttft_s`` on what is returned."""
         entry = _Entry(decision.request_id, self._encode(decision), self._wall_clock(), epoch, version)
-        if len(self._ring) < self._limit:
-            self._ring.append(entry)
-        else:
-            self.forgotten += 1
-            self._forget(self._ring[self._next])
-            self._ring[self._next] = entry
-            self._next = (self._next + 1) % self._limit
-        entries = self._by_id.setdefault(entry.request_id, [])
-        if len(entries) < MAX_PER_REQUEST:
-            entries.append(entry)
+        ring = self._ring
+        if len(ring) < self._limit:
+            ring.append(entry)
+            return entry
+        ring[self._next] = entry
+        self._next = (self._next + 1) % self._limit
+        self.forgotten += 1
         return entry
 
     def find(self, request_id: str) -> tuple[ExplainedDecision, ...]:
-        """Decisions on a request, oldest first; empty when it is not remembered."""
+        """The first decisions on a request, oldest first; empty when it is not remembered."""
+        ring = self._ring
+        found = [entry for entry in (*ring[self._next :], *ring[: self._next]) if entry.request_id == request_id]
         return tuple(
             ExplainedDecision.of(
                 _restore(entry.encoded),
@@ -64,17 +62,8 @@ class DecisionLog:
                 snapshot_epoch=entry.epoch,
                 snapshot_version=entry.version,
             )
-            for entry in self._by_id.get(request_id, ())
+            for entry in found[:MAX_PER_REQUEST]
         )
-
-    def _forget(self, entry: _Entry) -> None:
-        entries = self._by_id.get(entry.request_id)
-        if entries is None:
-            return
-        if entry in entries:
-            entries.remove(entry)
-        if not entries:
-            del self._by_id[entry.request_id]
 
 
 DecisionEntry = _Entry

@@ -120,13 +120,12 @@ def markers_of(endpoint: Endpoint) -> Markers:
 class Seen:
     """What the events of one stream have shown so far."""
 
-    __slots__ = ("_done", "_error", "_finish", "aborted", "done", "error", "finished", "markers", "refused")
+    __slots__ = ("_marked", "_markers", "aborted", "done", "error", "finished", "markers", "refused")
 
     def __init__(self, markers: Markers) -> None:
         self.markers = markers
-        self._done = markers.done
-        self._finish = markers.finish
-        self._error = markers.error
+        self._markers = tuple(marker for marker in (markers.finish, markers.error, *markers.done) if marker)
+        self._marked = False
         self.finished = not markers.finish
         self.aborted = False
         self.error = False
@@ -137,13 +136,21 @@ class Seen:
 
     def look(self, events: bytes) -> bool:
         """Take in whole events (with or without chunk framing); True when they hold an end marker, abort or error."""
-        if self._finish and self._finish in events:
+        for marker in self._markers:
+            if marker in events:
+                self._marked = self._examine(events)
+                break
+        return self._marked
+
+    def _examine(self, events: bytes) -> bool:
+        markers = self.markers
+        if markers.finish and markers.finish in events:
             self.finished = True
-            self.aborted = any(marker in events for marker in self.markers.aborts)
-        if self._error and self._error in events:
-            self.refused = _blames_request(events, self._error)
+            self.aborted = any(marker in events for marker in markers.aborts)
+        if markers.error and markers.error in events:
+            self.refused = _blames_request(events, markers.error)
             self.error = not self.refused
-        for marker in self._done:
+        for marker in markers.done:
             if marker in events and (marker + b"\n" in events or marker + b"\r\n" in events):
                 self.done = True
         return self.done or self.error or self.aborted or self.refused
@@ -162,7 +169,8 @@ def _blames_request(events: bytes, marker: bytes) -> bool:
     return _REQUEST_ERROR.search(events, start, end if end >= 0 else len(events)) is not None
 
 
-_USAGE = re.compile(rb'"(?:completion|output)_tokens":\s*(\d{1,9})')
+_USAGE = (b'"completion_tokens":', b'"output_tokens":')
+_NUMBER = re.compile(rb"\s*(\d{1,9})")
 _USAGE_TAIL_BYTES = 4096
 
 
@@ -171,10 +179,13 @@ def output_tokens(body: bytes) -> int:
 
     A byte search: generated text cannot hold unescaped quotes.
     """
-    found = 0
-    for match in _USAGE.finditer(body, max(0, len(body) - _USAGE_TAIL_BYTES)):
-        found = int(match[1])
-    return found
+    tail = max(0, len(body) - _USAGE_TAIL_BYTES)
+    for name in _USAGE:
+        at = body.rfind(name, tail)
+        if at >= 0:
+            found = _NUMBER.match(body, at + len(name))
+            return int(found[1]) if found else 0
+    return 0
 
 
 def stream_ending(seen: Seen, *, framing_complete: bool) -> Ending:

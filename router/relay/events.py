@@ -17,11 +17,11 @@ class EventStream:
     ``chunked_out``: whether the client gets chunk framing. Feed it reads; ``complete`` is set at the body's end.
     """
 
-    __slots__ = ("_budget", "_chunked_out", "_decoder", "_held", "_max_event_bytes", "_verbatim", "complete", "split")
+    __slots__ = ("_budget", "_chunked_out", "_decoder", "_held", "_max_event_bytes", "verbatim", "complete", "split")
 
     def __init__(self, head: ResponseHead, *, chunked_out: bool, max_event_bytes: int, budget: BufferBudget) -> None:
         self._decoder = head.decoder()
-        self._verbatim = chunked_out and isinstance(self._decoder, ChunkedDecoder)
+        self.verbatim = chunked_out and isinstance(self._decoder, ChunkedDecoder)
         self._chunked_out = chunked_out
         self._held = b""
         self._max_event_bytes = max_event_bytes
@@ -33,14 +33,14 @@ class EventStream:
     def feed(self, data: bytes) -> bytes:
         """The client's bytes for this read: whole events, framed; b"" while none is complete. The last-chunk marker is
         held back. Raises FramingError."""
-        if self._verbatim:
+        if self.verbatim:
             end = whole_chunks(data)
             if end >= 0:
                 if end < len(data):
                     self.complete = True
                     return data[:end]
                 return data
-            self._verbatim = False
+            self.verbatim = False
         return self._decode(data)
 
     def eof(self) -> bool:
@@ -78,7 +78,7 @@ class EventStream:
             self._budget.give(-growth)
         self._held = rest
         if not rest and not self.complete and isinstance(decoder, ChunkedDecoder) and decoder.at_boundary:
-            self._verbatim = self._chunked_out
+            self.verbatim = self._chunked_out
         return self._frame(whole[:cut])
 
     def _frame(self, payload: bytes) -> bytes:

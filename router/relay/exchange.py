@@ -9,6 +9,7 @@ from router.http.forward import request_to_worker, response_to_client
 from router.http.head import RequestHead
 from router.http.server import ClientConnection
 from router.relay.attempt import Attempt
+from router.relay.bodies import Writer
 from router.relay.context import RelayContext
 from router.relay.decisions import DecisionEntry
 from router.relay.endings import RETRYABLE, Ending, client_error, markers_of
@@ -149,13 +150,13 @@ class Exchange:
             context,
             self,
             target=target,
-            decision=decision,
             ticket=ticket,
             request=head,
             body=body,
             stream=self._features.stream,
             chunked_out=self._chunked,
             markers=markers_of(self._endpoint),
+            metrics=self._metrics,
         )
         attempt.begin()
         if self._paused_since_s is not None and self._attempt is attempt:
@@ -245,12 +246,11 @@ class Exchange:
         if self._entry is not None:
             self._entry.observed_ttft_s = ttft_s
 
-    def attempt_events(self, attempt: Attempt, data: bytes) -> None:
+    def attempt_events(self, attempt: Attempt, data: bytes) -> Writer:
         """See AttemptOwner."""
-        if self._committed:
-            self._connection.write(data)
-        else:
-            self._connection.write(self._commit(attempt, content_length=None) + data)
+        write = self._connection.write
+        write(data if self._committed else self._commit(attempt, content_length=None) + data)
+        return write
 
     def attempt_piece(self, attempt: Attempt, payload: bytes) -> None:
         """See AttemptOwner."""
@@ -296,21 +296,19 @@ class Exchange:
         self._keep_alive = self._connection.keep_alive and (self._chunked or content_length is not None)
         return response_to_client(
             attempt.head,
-            extra=self._extra_headers(attempt),
+            extra=self._own_lines(attempt),
             content_length=content_length,
             chunked=self._chunked,
             keep_alive=self._keep_alive,
             http10=self._head.http10,
         )
 
-    def _extra_headers(self, attempt: Attempt) -> list[Header]:
-        extra: list[Header] = [
-            (b"x-request-id", self._request_id),
-            (b"x-twofold-worker", attempt.target.public_id),
-        ]
+    def _own_lines(self, attempt: Attempt) -> bytes:
+        target = attempt.target
+        lines = b"x-request-id: %b\r\nx-twofold-worker: %b\r\n" % (self._request_id, target.public_id)
         if self._context.settings.worker_name_header:
-            extra.append((b"x-twofold-worker-name", attempt.target.target_id.encode("ascii", "replace")))
-        return extra
+            lines += b"x-twofold-worker-name: %b\r\n" % target.target_id.encode("ascii", "replace")
+        return lines
 
     def _finish(self, attempt: Attempt) -> None:
         connection = self._connection

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from router.http.response_head import BadResponse, ResponseHead, parse_response_head
+from router.http.known_heads import ResponseHeads
+from router.http.response_head import BadResponse, ResponseHead
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +45,15 @@ def parse_url(url: str) -> Address:
     return Address(parts.hostname, parts.port or (443 if tls else 80), tls, prefix)
 
 
-_HEADS: dict[bytes, ResponseHead] = {}
-"""Parsed heads: those of streams are equal byte by byte for a second, whichever worker they come from."""
-MAX_HEADS = 256
-MAX_REMEMBERED_HEAD_BYTES = 1024
-
-
-def _remember(encoded: bytes, head: ResponseHead) -> None:
-    if len(encoded) > MAX_REMEMBERED_HEAD_BYTES:
-        return
-    if len(_HEADS) >= MAX_HEADS:
-        _HEADS.clear()
-    _HEADS[encoded] = head
+_HEADS = ResponseHeads()
+"""Shared by all workers: what they answer differs in little."""
 
 
 class ResponseReader(Protocol):
     """What reads the response on a connection."""
 
-    def response_head(self, head: ResponseHead) -> None:
-        """The head arrived (never an interim 1xx one)."""
-
-    def response_data(self, data: bytes) -> None:
-        """Body bytes, framing included."""
+    def response_head(self, head: ResponseHead) -> Callable[[bytes], None]:
+        """The head arrived (never an interim 1xx one); returns what takes the body's bytes, framing included."""
 
     def response_eof(self, *, any_bytes: bool) -> None:
         """The connection ended; ``any_bytes``: the worker had begun to answer."""
@@ -78,8 +66,8 @@ class UpstreamConnection(asyncio.Protocol):
     """One connection to a worker."""
 
     __slots__ = (
+        "_feed",
         "_head_buffer",
-        "_in_body",
         "_max_head_bytes",
         "_pool",
         "_reader",
@@ -93,8 +81,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._max_head_bytes = max_head_bytes
         self._transport: asyncio.Transport | None = None
         self._reader: ResponseReader | None = None
+        self._feed: Callable[[bytes], None] | None = None
         self._head_buffer = b""
-        self._in_body = False
         self.idle_since_s = 0.0
         self.used = False
         """Whether a request was answered on it before the present one."""
@@ -114,8 +102,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport = None
         self._pool.forget(self)
         reader, self._reader = self._reader, None
+        feed, self._feed = self._feed, None
         if reader is not None:
-            reader.response_eof(any_bytes=self._in_body or bool(self._head_buffer))
+            reader.response_eof(any_bytes=feed is not None or bool(self._head_buffer))
 
     def eof_received(self) -> bool:
         """The worker sends no more: close this side too."""
@@ -123,22 +112,20 @@ class UpstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the response."""
-        reader = self._reader
-        if reader is None:
+        feed = self._feed
+        if feed is not None:
+            feed(data)
+        elif self._reader is not None:
+            self._read_head(self._reader, self._head_buffer + data if self._head_buffer else data)
+        else:
             # Nobody asked: a worker that talks out of turn cannot be trusted with another request.
             self.discard()
-        elif self._in_body:
-            reader.response_data(data)
-        else:
-            self._read_head(reader, self._head_buffer + data if self._head_buffer else data)
 
     def send(self, reader: ResponseReader, request: bytes, body: bytes) -> None:
         """Send a request; its response goes to ``reader``."""
         transport = self._transport
         assert transport is not None
         self._reader = reader
-        self._head_buffer = b""
-        self._in_body = False
         if len(body) < 16_384:
             transport.write(request + body)
         else:
@@ -159,14 +146,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     def release(self) -> None:
         """The response is complete: keep the connection for another request."""
-        self._reader = None
+        self._reader = self._feed = None
         self._head_buffer = b""
         self.used = True
         self._pool.keep(self)
 
     def discard(self) -> None:
         """Close at once; a request still running on the engine is aborted by it. Idempotent."""
-        self._reader = None
+        self._reader = self._feed = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -178,15 +165,11 @@ class UpstreamConnection(asyncio.Protocol):
                 if len(buffer) >= self._max_head_bytes:
                     reader.response_bad("response head too large")
                 return
-            encoded = buffer[:end]
-            head = _HEADS.get(encoded)
-            if head is None:
-                try:
-                    head = parse_response_head(encoded)
-                except BadResponse as error:
-                    reader.response_bad(str(error))
-                    return
-                _remember(encoded, head)
+            try:
+                head = _HEADS.read(buffer[:end])
+            except BadResponse as error:
+                reader.response_bad(str(error))
+                return
             buffer = buffer[end + 4 :]
             if head.status == 101 or head.status < 100:
                 reader.response_bad("unexpected status")
@@ -194,10 +177,12 @@ class UpstreamConnection(asyncio.Protocol):
             if head.status >= 200:
                 break
         self._head_buffer = b""
-        self._in_body = True
-        reader.response_head(head)
-        if buffer and self._reader is reader:
-            reader.response_data(buffer)
+        feed = reader.response_head(head)
+        if self._reader is reader:
+            # Else the response is over, and the connection may carry another request already.
+            self._feed = feed
+            if buffer:
+                feed(buffer)
 
 
 class UpstreamCounts:

@@ -81,7 +81,7 @@ def test_response_to_client_drops_hop_by_hop() -> None:
         b"X-Request-Id: theirs\r\nX-Extra: kept\r\nContent-Type: text/event-stream"
     )
     out = response_to_client(
-        head, extra=[(b"x-request-id", b"mine")], content_length=None, chunked=True, keep_alive=True, http10=False
+        head, extra=b"x-request-id: mine\r\n", content_length=None, chunked=True, keep_alive=True, http10=False
     )
     parsed = parse_response_head(out[:-4])
     names = [name for name, _ in parsed.headers]
