@@ -9,6 +9,7 @@ from emulator.model.hashing import CheapHashing, EngineHashing, Hashing
 from emulator.model.request import FinishReason, Request, Status
 from emulator.model.waiting import SchedulingPolicy, WaitingQueue
 from twofold.model.block_hash import BlockHasher
+from twofold.model.fleet import HashAlgorithm
 from twofold.model.profile import EngineProfile
 
 
@@ -102,6 +103,8 @@ class EngineModel:
         self._prefix_caching = prefix_caching
         self._max_loras = max_loras
         size = profile.block_size_tokens
+        self.hash_algorithm = hasher.algorithm if hasher is not None else HashAlgorithm.SHA256
+        """What ``/metrics`` says of the names of blocks."""
         self._hashing: Hashing = EngineHashing(hasher) if hasher is not None else CheapHashing(size)
         self._requests: dict[str, Request] = {}
         self.paused = Pause.NONE

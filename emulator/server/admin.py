@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class AdminApp:
-    """``GET /stats``; with faults enabled also ``GET|POST|DELETE /faults`` and ``POST /reset``."""
+    """``GET /stats`` and ``/kv``; with faults enabled also ``GET|POST|DELETE /faults`` and ``POST /reset``."""
 
     def __init__(self, hosts: list[EngineHost], *, faults_allowed: bool) -> None:
         self.connections: set[HttpConnection] = set()
@@ -43,6 +43,8 @@ class AdminApp:
         route = (exchange.method, exchange.path)
         if route == ("GET", "/stats"):
             exchange.respond(200, msgspec.json.encode(self.stats()))
+        elif route == ("GET", "/kv"):
+            exchange.respond(200, msgspec.json.encode([cached_blocks(host) for host in self._hosts]))
         elif exchange.path not in ("/faults", "/reset"):
             exchange.respond(404, b'{"detail":"Not Found"}')
         elif not self._faults_allowed:
@@ -130,6 +132,20 @@ def rank_stats(engine: RealTimeEngine) -> dict[str, Any]:
         "lateness_ratio": _quantiles(metrics.lateness_ratio),
         "faults": engine.faults.describe(),
     }
+
+
+def cached_blocks(host: EngineHost) -> list[dict[str, Any]]:
+    """What the prefix cache of each rank of one port holds: physical copies by block hash, as its KV events tell."""
+    sequences = host.kv_events.next_sequences()
+    return [
+        {
+            "rank": rank,
+            "next_sequence": sequences.get(rank, 0),
+            "block_size_tokens": engine.model.profile.block_size_tokens,
+            "copies": engine.model.pool.cached_copies(),
+        }
+        for rank, engine in enumerate(host.group.ranks)
+    ]
 
 
 def _quantiles(histogram: Histogram) -> dict[str, float]:

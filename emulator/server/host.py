@@ -20,11 +20,13 @@ from emulator.server.engine import RealTimeEngine
 from emulator.server.faults import FaultError, FaultRequest, Faults
 from emulator.server.group import EngineGroup
 from emulator.server.http import HttpConnection
+from emulator.server.kv_events import KvFeeds, read_config
 from emulator.server.lora import read_modules
 from emulator.server.metrics import EngineMetrics
 from emulator.server.page import PortMetrics
 from emulator.server.settings import EngineSettings, Settings
 from emulator.server.timer import PreciseTimer
+from twofold.model.block_hash import BlockHasher, is_supported
 from twofold.model.profile import EngineProfile
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class EngineHost:
         self.on_idle: Callable[[], None] = lambda: None
         self.on_stopped: Callable[[], None] = lambda: None
         """Called when the listener has been closed for good."""
+        self.kv_events = KvFeeds(read_config(settings.kv_events_config), asyncio.get_running_loop())
         metrics = PortMetrics(
             settings.model,
             self._engine_metrics,
@@ -77,6 +80,7 @@ class EngineHost:
             elastic=elastic_settings(settings),
             make_rank=self._make_rank,
         )
+        self.app.event_sources = self.kv_events.sources
 
     def _make_rank(self, rank: int) -> RealTimeEngine:
         settings = self._settings
@@ -85,7 +89,10 @@ class EngineHost:
             policy=settings.scheduling_policy,
             prefix_caching=settings.prefix_caching,
             max_loras=settings.max_loras,
+            record_events=self.kv_events.publishes,
+            hasher=self._hasher(),
         )
+        model.hash_algorithm = settings.prefix_caching_hash_algo
         metrics = EngineMetrics(model, settings.model, engine=str(rank))
         self._engine_metrics[rank : rank + 1] = [metrics]
         loop = asyncio.get_running_loop()
@@ -93,7 +100,15 @@ class EngineHost:
         engine.stream_interval_tokens = settings.stream_interval
         engine.on_death = lambda mode: self._die(engine, mode)
         engine.on_idle = lambda: self.on_idle()
+        self.kv_events.attach(engine, rank=rank, offset=self.index * settings.data_parallel_size + rank)
         return engine
+
+    def _hasher(self) -> BlockHasher | None:
+        """vLLM's names of blocks, where anybody hears of them and could compute them too."""
+        algorithm = self._settings.prefix_caching_hash_algo
+        if not self.kv_events.publishes or not is_supported(algorithm):
+            return None
+        return BlockHasher(self.profile.block_size_tokens, algorithm, os.environ.get("PYTHONHASHSEED", ""))
 
     async def listen(self, port: int) -> None:
         """Open the listener. Raises OSError."""
@@ -162,6 +177,7 @@ class EngineHost:
     def _die(self, engine: RealTimeEngine, mode: str) -> None:
         if mode == "process":
             os.kill(os.getpid(), signal.SIGKILL)
+        self.kv_events.close()
         if mode == "engine_core" and len(self.group.ranks) > 1:
             self._rank_died(engine)
             return
@@ -223,6 +239,7 @@ class Process:
         finally:
             for host in self.hosts:
                 host.close_listener()
+                host.kv_events.close()
             if self._admin_server is not None:
                 self._admin_server.close()
             self.timer.close()

@@ -196,22 +196,23 @@ class KvFeeds:
         self._publishers: dict[int, KvPublisher] = {}
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def publishes(self) -> bool:
+        """Whether events go out at all."""
+        return self._config.publishes
+
     def attach(self, engine: RealTimeEngine, *, rank: int = 0, offset: int = 0) -> None:
         """Publish the events of ``engine`` from now on; see KvPublisher for ``offset``. Raises OSError."""
-        if not self._config.publishes:
+        if not self.publishes:
             return
+        before = self._publishers.pop(rank, None)
+        if before is not None:
+            before.close()
         publisher = KvPublisher(self._config, rank=rank, offset=offset)
         self._publishers[rank] = publisher
         engine.on_events = publisher.publish
         if self._timer is None:
             self._timer = self._loop.call_later(REPLAY_POLL_S, self._serve_replays)
-
-    def detach(self, engine: RealTimeEngine, rank: int) -> None:
-        """The rank is gone: close its sockets."""
-        engine.on_events = None
-        publisher = self._publishers.pop(rank, None)
-        if publisher is not None:
-            publisher.close()
 
     def sources(self) -> dict[str, KvEventsConfig]:
         """What ``GET /kv_event_sources`` answers: the configuration by rank."""

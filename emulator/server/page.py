@@ -258,6 +258,7 @@ class PortMetrics:
             config = {
                 **names.CACHE_CONFIG,
                 "block_size": str(block),
+                "prefix_caching_hash_algo": engine.model.hash_algorithm.value,
                 "engine": engine.engine,
                 "effective_attention_block_size": str(block),
                 "kv_cache_size_tokens": str(pool.num_blocks * block),

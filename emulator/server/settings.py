@@ -5,6 +5,7 @@ from typing import Annotated
 import msgspec
 
 from emulator.model import SchedulingPolicy
+from twofold.model.fleet import HashAlgorithm
 
 
 def _doc(text: str) -> msgspec.Meta:
@@ -28,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     scheduling_policy: Annotated[SchedulingPolicy, _doc("fcfs or priority")] = SchedulingPolicy.FCFS
     stream_interval: Annotated[int, msgspec.Meta(ge=1, description="tokens per event of a stream, after its first")] = 1
     prefix_caching: Annotated[bool, _doc("keep KV blocks for later prompts")] = True
+    prefix_caching_hash_algo: Annotated[HashAlgorithm, _doc("how blocks are named in KV events")] = HashAlgorithm.SHA256
+    kv_events_config: Annotated[str, _doc("vLLM's JSON of that name: KV events over ZMQ")] = ""
     profile_file: Annotated[str, _doc("JSON or YAML file with one profile or a list of them")] = ""
     list_profiles: Annotated[bool, _doc("print the built-in profiles and exit")] = False
     admin_port: Annotated[int | None, _doc("port for statistics and faults, on loopback; 0 picks a free one")] = None
