@@ -10,6 +10,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("twofold.cli.up", "run a whole fleet on this machine"),
     "demo": ("twofold.cli.demo", "one workload under three routing policies, side by side"),
     "replay": ("twofold.cli.replay", "send a recorded or generated workload to an OpenAI-compatible URL"),
+    "profile": ("twofold.cli.profile", "measure a running engine and write its engine profile"),
     "controlplane": ("controlplane.__main__", "run the control plane"),
     "router": ("router.__main__", "run one router replica"),
     "emulator": ("emulator.__main__", "run emulated engines"),

@@ -1,0 +1,1 @@
+"""Measuring a running engine and fitting an engine profile to what was measured."""
