@@ -29,6 +29,7 @@ from router.agent.reporter import Reporter
 from router.agent.settings import AgentSettings
 from router.agent.slots import SlotTable
 from router.agent.store import SnapshotStore
+from router.kvevents.service import KvEvents
 from router.routing import table as tables
 from router.routing.accounts import AccountsReader
 from router.shm.exposition import CounterBook, SeriesValue, render
@@ -70,6 +71,12 @@ class Agent:
         self._remote = RemoteLoad(regions_of(replica, AGENT), relays, peer_timeout_s=settings.peer_timeout_s)
         collector = LoadCollector(relays, [replica.region(i, Region.SENT) for i in range(replica.relays)])
         self._store = SnapshotStore(Path(settings.state_dir)) if settings.state_dir else None
+        self._kv_events = KvEvents(
+            replica.directory,
+            replica.slots,
+            max_blocks=settings.kv_index_blocks,
+            max_blocks_per_s=settings.kv_events_per_s,
+        )
         self._publisher = self._make_publisher(AccountsReader(tuple(regions.accounts for regions in relays)))
         self._control = ControlServer(agent_socket(replica.directory))
         commands = Commands(settings.replica_id, self._control, self._meter.top)
@@ -163,6 +170,7 @@ class Agent:
                 self._start(self._publisher.run(), "publish"),
                 self._start(self._link.run(), "link"),
                 self._start(self._keep_house(), "house"),
+                self._start(self._kv_events.run(), "kv-events"),
                 self._start(self._monitor.watch_loop(), "lag"),
                 self._start(self._sample(), "sample"),
                 self._start(self._fall_back_to_disk(), "disk"),
@@ -216,6 +224,8 @@ class Agent:
     def _on_published(self, slots: SlotMap, fresh: frozenset[int]) -> None:
         self._slot_map = slots
         self._remote.place(slots, fresh, time.monotonic())
+        if self._publisher.table is not None:
+            self._kv_events.set_table(self._publisher.table)
 
     def _slos(self) -> Mapping[str, Slo]:
         table = self._publisher.table
@@ -316,13 +326,14 @@ class Agent:
             "control_channel": self._control.relays,
             "peers": {name: {"age_s": round(now_s - seen_s, 3)} for name, seen_s in self._remote.peers.items()},
             "queues": {"report": self._reporter.queued},
+            "kv_events": self._kv_events.state(),
         }
 
     def _metrics(self) -> str:
         totals = self._totals()
         beats = self._fresh_relays()
         pids = replica_pids({name: beat.pid for name, beat in beats.items()})
-        series = [*totals, *process_series(pids), *self._figures.series()]
+        series = [*totals, *process_series(pids), *self._figures.series(), *self._kv_events.series()]
         return render(sorted(series, key=lambda item: (item.family.name, item.values)))
 
 

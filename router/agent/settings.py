@@ -5,6 +5,8 @@ from typing import Annotated
 
 import msgspec
 
+from router.kvevents.limits import DEFAULT_BLOCKS_PER_S, DEFAULT_INDEX_BLOCKS
+
 
 def _help(text: str) -> msgspec.Meta:
     return msgspec.Meta(description=text)
@@ -35,6 +37,12 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     demand_interval_s: Annotated[float, _help("between two reports of demand")] = 1.0
     peer_timeout_s: Annotated[float, _help("load of a replica that is silent for this long is forgotten")] = 2.0
     slot_quarantine_s: Annotated[float, _help("a slot rests this long before another target gets it")] = 60.0
+    kv_index_blocks: Annotated[int, _help("cached blocks known from KV events, over all targets, at most")] = (
+        DEFAULT_INDEX_BLOCKS
+    )
+    kv_events_per_s: Annotated[float, _help("blocks stored and removed a second that KV events may tell of")] = (
+        DEFAULT_BLOCKS_PER_S
+    )
     settle_s: Annotated[float, _help("a control plane that just started may take this long to find the workers")] = 15.0
     disk_snapshot_after_s: Annotated[float, _help("wait this long for the control plane before serving from disk")] = (
         2.0

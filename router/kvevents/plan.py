@@ -11,10 +11,6 @@ from router.routing.table import RoutingTable
 from twofold.model.block_hash import is_supported
 from twofold.model.fleet import Health, Pool, Target
 
-DEFAULT_INDEX_BLOCKS = 4 << 20
-"""Entries of an index at most: about 44 bytes each of shared and private memory."""
-DEFAULT_BLOCKS_PER_S = 100_000.0
-"""Blocks stored and removed a second over all targets that one agent takes on. See docs/kv-events.md."""
 UNKNOWN_CAPACITY_BLOCKS = 8192
 OVER_AFTER_S = 5.0
 REST_S = 60.0
