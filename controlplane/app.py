@@ -76,6 +76,11 @@ class ControlPlane:
         self._tasks: list[asyncio.Task[None]] = []
         self.store_faults = 0
 
+    @property
+    def prober(self) -> Prober | None:
+        """What probes the workers; None before ``start``."""
+        return self._prober
+
     async def start(self) -> None:
         """Take up the stored state and the world, and begin to work. Raises OSError when the state cannot be kept."""
         self._save()

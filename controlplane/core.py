@@ -13,6 +13,7 @@ from controlplane.fleet.snapshot import SnapshotBuilder, live
 from controlplane.fleet.state import FleetState
 from controlplane.fleet.values import FleetRules, Source
 from twofold.model.fleet import FleetSnapshot, Target
+from twofold.runtime.monitor import WindowMax
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,16 @@ class Core:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._warm_by_s = time.monotonic() + warm_bound_s
-        self._dropped = 0
+        self.dropped = 0
+        """Events for which there was no room."""
+        self.batch_max = WindowMax()
+        self.reduce_s = 0.0
+        self.reduce_max = WindowMax()
+
+    @property
+    def pending(self) -> int:
+        """Events that wait for the next batch."""
+        return len(self._pending)
 
     @property
     def snapshot(self) -> FleetSnapshot:
@@ -61,7 +71,7 @@ class Core:
     def push(self, event: Event) -> None:
         """Queue an event for the next batch."""
         if len(self._pending) >= MAX_PENDING:
-            self._dropped += 1
+            self.dropped += 1
             return
         self._pending.append(event)
         self._wake.set()
@@ -81,10 +91,15 @@ class Core:
         """Reduce what is queued now, for callers that answer with the result."""
         batch, self._pending = self._pending, []
         if batch:
+            begun_s = time.monotonic()
             self.batches += 1
             self.events += len(batch)
             self.state = reduce(self.state, batch)
             self._builder.build(self.state)
+            now_s = time.monotonic()
+            self.reduce_s += now_s - begun_s
+            self.reduce_max.add(now_s - begun_s, now_s)
+            self.batch_max.add(len(batch), now_s)
             for listener in self.listeners:
                 listener(self.state)
         self._publish(time.monotonic())

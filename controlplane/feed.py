@@ -1,11 +1,13 @@
 """The stream of snapshots: history, coalescing, and one encoding for all readers."""
 
 import asyncio
+import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from twofold import wire
 from twofold.model.fleet import FleetSnapshot
+from twofold.runtime.monitor import WindowMax
 from twofold.v1 import fleet_pb2
 
 HISTORY = 256
@@ -26,9 +28,19 @@ class SnapshotFeed:
         self._full: bytes | None = None
         self._changed = asyncio.Event()
         self._current: FleetSnapshot | None = None
+        self.encode_s = 0.0
+        self.encode_max = WindowMax()
+        self.merged = 0
+        """Versions that a reader was not sent by themselves, because it was sent a later one."""
         self.readers = 0
+        self.snapshot_bytes = 0
         self.deltas_sent = 0
         self.snapshots_sent = 0
+
+    @property
+    def kept(self) -> int:
+        """Snapshots kept for deltas."""
+        return len(self._history)
 
     @property
     def current(self) -> FleetSnapshot | None:
@@ -73,14 +85,25 @@ class SnapshotFeed:
         if base is None:
             self.snapshots_sent += 1
             if self._full is None:
-                message = fleet_pb2.WatchResponse(snapshot=wire.snapshot_to_proto(current))
-                self._full = message.SerializeToString()
+                self._full = self._encode(
+                    lambda: fleet_pb2.WatchResponse(snapshot=wire.snapshot_to_proto(current))
+                )
+                self.snapshot_bytes = len(self._full)
             return self._full
         self.deltas_sent += 1
+        self.merged += current.version - at - 1
         encoded = self._deltas.get(at)
         if encoded is None:
-            encoded = fleet_pb2.WatchResponse(delta=wire.diff(base, current)).SerializeToString()
+            encoded = self._encode(lambda: fleet_pb2.WatchResponse(delta=wire.diff(base, current)))
             self._deltas[at] = encoded
+        return encoded
+
+    def _encode(self, make: Callable[[], fleet_pb2.WatchResponse]) -> bytes:
+        begun_s = time.monotonic()
+        encoded = make().SerializeToString()
+        now_s = time.monotonic()
+        self.encode_s += now_s - begun_s
+        self.encode_max.add(now_s - begun_s, now_s)
         return encoded
 
 

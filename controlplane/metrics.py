@@ -1,5 +1,6 @@
 """Prometheus metrics of the control plane, read from its objects when scraped, and the metrics port."""
 
+import asyncio
 import resource
 import time
 from collections import Counter
@@ -10,26 +11,32 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from controlplane import bounds
 from controlplane.app import ControlPlane
+from controlplane.bounds import PREFIX
+from controlplane.bounds import counter as _counter
+from controlplane.bounds import gauge as _gauge
 from twofold.model.fleet import Health
 from twofold.model.reasons import TargetCondition
 from twofold.runtime import sampler
+from twofold.runtime.monitor import RuntimeMonitor
 from twofold.runtime.port import PATH, ProfilePort, Wanted
-
-PREFIX = "twofold_controlplane_"
 
 
 class ControlPlaneCollector(Collector):
     """Turns the state of a ControlPlane into metric families. Labels: pool, health, condition, profile, outcome."""
 
-    def __init__(self, control_plane: ControlPlane) -> None:
+    def __init__(self, control_plane: ControlPlane, monitor: RuntimeMonitor) -> None:
         self._control_plane = control_plane
+        self._monitor = monitor
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
         yield from self._fleet()
         yield from self._routers()
         yield from self._work()
+        yield from bounds.bounds(self._control_plane)
+        yield from bounds.runtime(self._monitor)
 
     def _fleet(self) -> Iterator[Metric]:
         core = self._control_plane.core
@@ -103,14 +110,6 @@ class ControlPlaneCollector(Collector):
         yield _gauge("start_time_seconds", "When it started, since the Unix epoch", self._control_plane.started_s)
 
 
-def _gauge(name: str, help_text: str, value: float) -> Metric:
-    return GaugeMetricFamily(PREFIX + name, help_text, value=float(value))
-
-
-def _counter(name: str, help_text: str, value: float) -> Metric:
-    return CounterMetricFamily(PREFIX + name, help_text, value=float(value))
-
-
 async def _record(wanted: Wanted) -> sampler.Profile:
     return await sampler.record(wanted.process, seconds=wanted.seconds, hz=wanted.hz, clock=wanted.clock)
 
@@ -123,7 +122,9 @@ class MetricsPort:
         self._control_plane = control_plane
         self._profiles = ProfilePort(_record, lambda: ("controlplane",), enabled=debug_profile, token=token)
         self._registry = CollectorRegistry()
-        self._registry.register(ControlPlaneCollector(control_plane))
+        self._monitor = RuntimeMonitor()
+        self._watching: asyncio.Task[None] | None = None
+        self._registry.register(ControlPlaneCollector(control_plane, self._monitor))
         self._runner: web.AppRunner | None = None
         self.port = 0
 
@@ -138,9 +139,15 @@ class MetricsPort:
         site = web.TCPSite(self._runner, host, port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
+        self._monitor.watch_collector()
+        self._watching = asyncio.create_task(self._monitor.watch_loop(), name="lag")
 
     async def stop(self) -> None:
         """Stop listening."""
+        self._monitor.close()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
         if self._runner is not None:
             await self._runner.cleanup()
 

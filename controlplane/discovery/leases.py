@@ -36,6 +36,8 @@ class Leases:
         self._leases: dict[str, Lease] = {}
         self._expiries: list[tuple[float, str]] = []
         self.changed = False
+        self.expired = 0
+        self.refused = 0
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -45,6 +47,7 @@ class Leases:
         lease = self._leases.get(spec.worker_id)
         if lease is None:
             if len(self._leases) >= MAX_LEASES:
+                self.refused += 1
                 raise LeaseError(f"there are {MAX_LEASES} leases already")
             lease = Lease(lease_id=secrets.token_hex(8), spec=spec, ttl_s=ttl_s, until_s=0.0)
             self._leases[spec.worker_id] = lease
@@ -76,6 +79,7 @@ class Leases:
             if lease is not None and lease.until_s <= now_s:
                 del self._leases[worker_id]
                 gone.append(worker_id)
+                self.expired += 1
                 self.changed = True
         return gone
 

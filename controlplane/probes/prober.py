@@ -15,6 +15,7 @@ from controlplane.fleet.events import ProbeResult
 from controlplane.fleet.values import ProbeOutcome, RankSample, WorkerRecord
 from controlplane.probes.client import Finding, ProbeClient, samples
 from twofold.model.fleet import EngineFacts, Health
+from twofold.runtime.monitor import WindowMax
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,14 @@ class Prober:
         self._tasks: set[asyncio.Task[None]] = set()
         self._random = random.Random()
         self._loop_task: asyncio.Task[None] | None = None
+        self.deferred = 0
+        """Times that due probes had to wait because too many were under way."""
+        self.late_max = WindowMax()
+
+    @property
+    def running(self) -> int:
+        """Probes under way."""
+        return len(self._tasks)
 
     def start(self) -> None:
         """Begin probing."""
@@ -124,12 +133,14 @@ class Prober:
                 plan = self._plans.get(worker_id)
                 if plan is not None and plan.entry == entry and not plan.running:
                     plan.running = True
+                    self.late_max.add(now_s - plan.due_s, now_s)
                     task = asyncio.create_task(self._probe(plan), name=f"probe-{worker_id}")
                     self._tasks.add(task)
                     task.add_done_callback(self._done)
             self._wake.clear()
             wait_s = max(0.0, self._heap[0][0] - now_s) if self._heap else None
             if len(self._tasks) >= MAX_CONCURRENT:
+                self.deferred += wait_s == 0.0
                 wait_s = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):

@@ -93,15 +93,23 @@ class RouterHub:
         self.demand = DemandBook()
         self.ticks = 0
         self.stale_ticks = 0
+        self.refused_commands = 0
+        self.refused_sessions = 0
         self.sent = 0
         self.rounds = 0
         self.merges = 0
         """Times that a reader was behind by more than one tick of a replica and was sent merged values."""
 
+    @property
+    def pending_commands(self) -> int:
+        """Commands that were not answered yet."""
+        return len(self._pending)
+
     def connect(self, hello: router_pb2.RouterHello) -> Session:
         """Begin a stream; a stream of the same replica that is still open is ended. Raises HubError."""
         before = self._sessions.get(hello.replica_id)
         if before is None and len(self._sessions) >= MAX_REPLICAS:
+            self.refused_sessions += 1
             raise HubError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_REPLICAS} replicas are connected already")
         if before is not None:
             before.connected = False
@@ -177,6 +185,7 @@ class RouterHub:
         if session is None or not session.connected:
             raise HubError(grpc.StatusCode.UNAVAILABLE, f"replica {replica_id} is not connected")
         if len(session.commands) >= MAX_COMMANDS:
+            self.refused_commands += 1
             raise HubError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"replica {replica_id} has {MAX_COMMANDS} commands waiting"
             )
