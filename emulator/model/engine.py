@@ -100,7 +100,7 @@ class EngineModel:
         self.running: list[Request] = []
         self.counters = Counters()
         self._policy = policy
-        self._prefix_caching = prefix_caching
+        self.prefix_caching = prefix_caching
         self._max_loras = max_loras
         size = profile.block_size_tokens
         self.hash_algorithm = hasher.algorithm if hasher is not None else HashAlgorithm.SHA256
@@ -139,7 +139,7 @@ class EngineModel:
         if request.prompt_tokens >= self.profile.max_model_len_tokens:
             raise ValueError("the prompt leaves no room for output")
         self._requests[request.request_id] = request
-        if self._prefix_caching:
+        if self.prefix_caching:
             self._hashing.extend(request)
         self.waiting.append(request)
 
@@ -244,7 +244,7 @@ class EngineModel:
                 self.waiting.skip()
                 continue
             total = len(request.ids)
-            limit = (total - 1) // block_size if self._prefix_caching and request.read_cache else 0
+            limit = (total - 1) // block_size if self.prefix_caching and request.read_cache else 0
             hit = self.pool.find(request.hashes, limit)
             whole = -(-total // block_size) - len(hit)
             if whole + self.pool.num_unreferenced(hit) > self.pool.num_free:
@@ -275,7 +275,7 @@ class EngineModel:
     def _count_admission(self, request: Request, cached: int) -> None:
         request.cached_tokens = cached
         counters = self.counters
-        counters.prefix_cache_queries += request.prompt_tokens if self._prefix_caching and request.read_cache else 0
+        counters.prefix_cache_queries += request.prompt_tokens if self.prefix_caching and request.read_cache else 0
         counters.prefix_cache_hits += cached
 
     def _assign(self, request: Request, needed: int, new_tokens: int) -> None:
@@ -283,7 +283,7 @@ class EngineModel:
             request.blocks += self.pool.allocate(needed)
         request.scheduled_tokens = new_tokens
         full = (request.computed_tokens + new_tokens) // self.profile.block_size_tokens
-        if self._prefix_caching and full > request.stored_blocks:
+        if self.prefix_caching and full > request.stored_blocks:
             self._hashing.extend(request)
             self.pool.store(
                 request.blocks,
@@ -304,7 +304,7 @@ class EngineModel:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
-        if self._prefix_caching:
+        if self.prefix_caching:
             self._hashing.extend(request)
         request.status = Status.PREEMPTED
         request.computed_tokens = 0

@@ -178,18 +178,15 @@ class PortMetrics:
             ("num_requests_waiting", [engine.load.waiting for engine in self.engines]),
         ):
             self._per_engine(page, name, values)
-        by_reason = []
-        for engine in self.engines:
-            load = engine.load
-            for reason, value in (("capacity", load.waiting - load.deferred), ("deferred", load.deferred)):
-                by_reason.append(((*engine.labels, ("reason", reason)), value))
+        loads = [(engine.labels, engine.load) for engine in self.engines]
+        by_reason = [((*labels, ("reason", "capacity")), load.waiting - load.deferred) for labels, load in loads]
+        by_reason += [((*labels, ("reason", "deferred")), load.deferred) for labels, load in loads]
         page.gauge("vllm:num_requests_waiting_by_reason", names.HELP["num_requests_waiting_by_reason"], by_reason)
-        states = []
-        for engine in self.engines:
-            level = engine.sleep_level
-            shown = (level is None, level == 1, level == 2)
-            for state, value in zip(names.SLEEP_STATES, shown, strict=True):
-                states.append(((*engine.labels, ("sleep_state", state)), float(value)))
+        states = [
+            ((*engine.labels, ("sleep_state", state)), float(engine.sleep_level == level))
+            for state, level in zip(names.SLEEP_STATES, (None, 1, 2), strict=True)
+            for engine in self.engines
+        ]
         page.gauge("vllm:engine_sleep_state", names.HELP["engine_sleep_state"], states)
         self._per_engine(page, "kv_cache_usage_perc", [engine.load.kv_usage for engine in self.engines])
 
@@ -241,8 +238,8 @@ class PortMetrics:
         self, page: Page, name: str, samples_of: Callable[[EngineMetrics], Sequence[tuple[Labels, float]]]
     ) -> None:
         samples, created = [], []
-        for engine in self.engines:
-            for extra, value in samples_of(engine):
+        for of_one_label in zip(*(samples_of(engine) for engine in self.engines), strict=True):
+            for engine, (extra, value) in zip(self.engines, of_one_label, strict=True):
                 samples.append(((*engine.labels, *extra), value))
                 created.append(engine.created_s)
         page.counter(f"vllm:{name}", names.HELP[name], samples, created)
@@ -254,14 +251,17 @@ class PortMetrics:
     def _cache_config(self, page: Page) -> None:
         samples = []
         for engine in self.engines:
-            block, pool = engine.model.profile.block_size_tokens, engine.model.pool
+            profile, pool = engine.model.profile, engine.model.pool
+            block, tokens = profile.block_size_tokens, pool.num_blocks * profile.block_size_tokens
             config = {
                 **names.CACHE_CONFIG,
                 "block_size": str(block),
+                "enable_prefix_caching": str(engine.model.prefix_caching),
                 "prefix_caching_hash_algo": engine.model.hash_algorithm.value,
                 "engine": engine.engine,
                 "effective_attention_block_size": str(block),
-                "kv_cache_size_tokens": str(pool.num_blocks * block),
+                "kv_cache_max_concurrency": str(tokens / profile.max_model_len_tokens),
+                "kv_cache_size_tokens": str(tokens),
                 "num_gpu_blocks": str(pool.num_blocks),
             }
             samples.append((tuple(config.items()), 1.0))

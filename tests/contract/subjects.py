@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from support.fleets import free_port_base
 
 from .client import exchange
 from .conftest import Emulator
@@ -30,6 +31,22 @@ class Flavour(msgspec.Struct, frozen=True, kw_only=True):
     emulator: tuple[str, ...] = ()
     vllm: tuple[str, ...] = ()
     environment: dict[str, str] = {}
+    kv_events: dict[str, Any] | None = None
+    """Fields of ``--kv-events-config`` beside the ports, where events are published."""
+
+    def kv_events_args(self) -> tuple[str, ...]:
+        """The flag, on free ports: one and the next for each rank."""
+        if self.kv_events is None:
+            return ()
+        port, replay_port = free_port_base(2), free_port_base(4) + 2
+        config = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{port}",
+            "replay_endpoint": f"tcp://127.0.0.1:{replay_port}",
+            **self.kv_events,
+        }
+        return ("--kv-events-config", json.dumps(config))
 
 
 _LORA = ("--enable-lora",)
@@ -44,6 +61,7 @@ DEVELOPMENT = Flavour(
     emulator=("--enable-dev-mode", *_LORA, *_PRIORITY),
     vllm=(*_LORA, *_PRIORITY),
     environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+    kv_events={"buffer_steps": 50, "topic": "kv@tiny"},
 )
 DEVELOPMENT_WITHOUT_SCALE_OUT = msgspec.structs.replace(
     DEVELOPMENT,
@@ -51,7 +69,12 @@ DEVELOPMENT_WITHOUT_SCALE_OUT = msgspec.structs.replace(
     emulator=(*DEVELOPMENT.emulator, "--no-enable-scale-out"),
     vllm=(*DEVELOPMENT.vllm, "--no-enable-scale-out"),
 )
-RANKS = Flavour(name="ranks", emulator=("--data-parallel-size", "2"), vllm=("--data-parallel-size", "2"))
+RANKS = Flavour(
+    name="ranks",
+    emulator=("--data-parallel-size", "2"),
+    vllm=("--data-parallel-size", "2"),
+    kv_events={"buffer_steps": 10000, "topic": ""},
+)
 SMALL = Flavour(
     name="small",
     emulator=("--kv-capacity-tokens", str(20 * 128), "--max-model-len", "2048", *_PRIORITY),
@@ -100,7 +123,7 @@ class EmulatedSubject(Subject):
     kind = EMULATED
 
     def __init__(self, flavour: Flavour, folder: Path) -> None:
-        self._emulator = Emulator(folder, "--enable-scale-out", *flavour.emulator)
+        self._emulator = Emulator(folder, "--enable-scale-out", *flavour.emulator, *flavour.kv_events_args())
         self.url = self._emulator.url
 
     def signal_server(self, number: int) -> None:
@@ -140,7 +163,9 @@ class RealSubject(Subject):
         from tests.vllm.vllm_engine import VllmEngine
 
         venv = Path(os.environ["TWOFOLD_VLLM_VENV"])
-        self._engine = VllmEngine(venv=venv, folder=folder, args=flavour.vllm, env=flavour.environment)
+        self._engine = VllmEngine(
+            venv=venv, folder=folder, args=(*flavour.vllm, *flavour.kv_events_args()), env=flavour.environment
+        )
         self._engine.start()
         self._engine.wait_ready()
         self.url = self._engine.url
