@@ -95,7 +95,7 @@ class EngineApp:
         try:
             self._dispatch(exchange)
         except ApiError as error:
-            exchange.respond(error.status, error.body())
+            exchange.respond(error.status, error.body(), vary=not error.unforeseen)
         except Exception:
             log.exception("request failed", extra={"path": exchange.path})
             exchange.respond(500, error_body("Internal server error", "InternalServerError", None, 500))

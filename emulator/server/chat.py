@@ -22,7 +22,9 @@ from emulator.server.settings import EngineSettings
 from emulator.server.tools import check_tool_choice, finish_reason, plan_tool
 from emulator.server.validation import (
     CHAT_FIELDS,
+    ONE_CONSTRAINT,
     Body,
+    check_early,
     check_logprob_fields,
     convert_fields,
     finding,
@@ -39,7 +41,8 @@ def validate(body: Body) -> None:
     check_logprob_fields(body, "top_logprobs")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise parameter_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
-    findings = convert_fields(body, CHAT_FIELDS)
+    findings = check_early(body, one_kind=ApiError(ONE_CONSTRAINT))
+    findings += convert_fields(body, CHAT_FIELDS)
     messages = body.get("messages")
     if messages is None:
         findings.append(finding("missing", "body.messages", body))
@@ -57,7 +60,7 @@ def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
     requested = body.get("max_completion_tokens")
     if requested is None:
         requested = body.get("max_tokens")
-    limit = output_limit(requested, len(prompt), settings.max_model_len)
+    limit = output_limit(requested, len(prompt), settings.max_model_len, tokenized_here=True)
     best = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
     echo, prompt_best = bool(body.get("echo")), body.get("prompt_logprobs")
     return build_call(

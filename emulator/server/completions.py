@@ -18,7 +18,9 @@ from emulator.server.sampling import build_call
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import (
     COMPLETION_FIELDS,
+    ONE_CONSTRAINT,
     Body,
+    check_early,
     check_logprob_fields,
     convert_fields,
     output_limit,
@@ -32,7 +34,8 @@ DEFAULT_MAX_TOKENS = 16
 def validate(body: Body) -> None:
     """The checks before the model is looked up. Raises ApiError."""
     check_logprob_fields(body, "logprobs")
-    findings = convert_fields(body, COMPLETION_FIELDS)
+    findings = check_early(body, one_kind=parameter_error(ONE_CONSTRAINT, "structured_outputs"))
+    findings += convert_fields(body, COMPLETION_FIELDS)
     if findings:
         raise validation_error(findings)
     stream_options(body)
@@ -49,7 +52,11 @@ def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
     prompts = _prompts(body["prompt"])
     echo = bool(body.get("echo"))
     requested = body.get("max_tokens", DEFAULT_MAX_TOKENS)
-    limits = [output_limit(requested, len(prompt), settings.max_model_len) for prompt in prompts]
+    texts = [isinstance(one, str) for one in _several(body["prompt"])]
+    limits = [
+        output_limit(requested, len(prompt), settings.max_model_len, tokenized_here=text)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
     if echo and requested == 0:
         limits = [1] * len(prompts)
     best, prompt_best = body.get("logprobs"), body.get("prompt_logprobs")
@@ -63,6 +70,10 @@ def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
         prompt_best=best if echo and prompt_best is None else prompt_best,
         echo=echo,
     )
+
+
+def _several(prompt: Any) -> list[Any]:
+    return [prompt] if isinstance(prompt, str) or type(prompt[0]) is int else prompt
 
 
 def _prompts(prompt: Any) -> list[list[int]]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from emulator.server.chat import chat_answer, chat_choice, message
 from emulator.server.completions import completion_answer, completion_choice
-from emulator.server.errors import ApiError, Invalid, describe_input, validation_error
+from emulator.server.derender_checks import NO_STATE, check_bounds, check_prompts
+from emulator.server.errors import ApiError
 from emulator.server.generation import new_id, usage_numbers
 from emulator.server.hermes import HermesStream
 from emulator.server.hermes import parse as parse_calls
 from emulator.server.logprobs import chat_item, resolved, returned_shape
 from emulator.server.settings import EngineSettings
-from emulator.server.validation import MAX_LOGPROBS, MAX_N, Body
+from emulator.server.validation import Body
 from emulator.tokens import VOCABULARY_SIZE, token_bytes
 
 _SPECIAL = 5
@@ -24,21 +25,6 @@ _SPECIAL = 5
 _SEED_IDS = 7
 _SEED_OFFSET = 5
 _CONTEXT_IDS = 4
-_MAX_WINDOW = 1024
-_NO_STATE: dict[str, Any] = {
-    "prev_tokens": [],
-    "prefix_offset": 0,
-    "read_offset": 0,
-    "role_sent": False,
-    "logprob_context_token_ids": [],
-    "logprob_text_offset": 0,
-    "output_token_ids": [],
-    "output_chunk_lens": [],
-    "tools_streamed": False,
-    "last_tool_call_ids": [],
-}
-
-
 _NO_REQUEST = (
     "chat_request is required when a tool or reasoning parser is configured because plain detokenization would leak "
     "raw parser markup into content."
@@ -67,7 +53,7 @@ class Window:
     @classmethod
     def after(cls, prompt_ids: list[int] | None, *, special: bool = False) -> "Window":
         """The window at the start of an output after this prompt."""
-        window = cls(_NO_STATE, special=special)
+        window = cls(NO_STATE, special=special)
         seed = (prompt_ids or [])[-_SEED_IDS:]
         window._pieces = [_piece(token) for token in seed if special or not _is_special(token)]
         window._read = len(window._pieces)
@@ -96,31 +82,6 @@ class Window:
         return {"prev_tokens": pieces, "prefix_offset": self._prefix, "read_offset": self._read}
 
 
-def validate(body: Body) -> None:
-    """The checks before the model is looked up. Raises ApiError."""
-    state = body.get("stream_state")
-    if isinstance(state, dict):
-        _check_state(state)
-
-
-def _check_state(state: dict[str, Any]) -> None:
-    size = len(state.get("prev_tokens") or [])
-    if size > _MAX_WINDOW:
-        message = f"Value error, prev_tokens length ({size}) exceeds maximum ({_MAX_WINDOW})"
-        raise validation_error([_refused("body.stream_state.prev_tokens", message, state["prev_tokens"])])
-    total, held = sum(state.get("output_chunk_lens") or []), len(state.get("output_token_ids") or [])
-    if total != held:
-        message = (
-            "Value error, output_chunk_lens must sum to len(output_token_ids) "
-            f"(got sum={total}, len(output_token_ids)={held})"
-        )
-        raise validation_error([_refused("body.stream_state", message, state)])
-
-
-def _refused(location: str, message: str, value: Any) -> Invalid:
-    return Invalid(kind="value_error", location=location, message=message, shown=describe_input(value))
-
-
 def chat(body: Body, settings: EngineSettings) -> dict[str, Any]:
     """The answer of ``/v1/chat/completions/derender``. Raises ApiError."""
     return _chat_chunk(body, settings) if body.get("stream") is True else _whole_chat(body, settings)
@@ -133,8 +94,8 @@ def completions(body: Body, settings: EngineSettings) -> dict[str, Any]:
 
 def _whole_chat(body: Body, settings: EngineSettings) -> dict[str, Any]:
     given, request = body["generate_response"], body.get("chat_request")
-    _check_bounds([given], settings)
-    _check_prompts([body.get("prompt_token_ids")], settings)
+    check_bounds([given], settings)
+    check_prompts([body.get("prompt_token_ids")], settings)
     parsed = bool(settings.tool_call_parser)
     if parsed and request is None:
         raise ApiError(_NO_REQUEST)
@@ -172,9 +133,9 @@ def _whole_completion(body: Body, settings: EngineSettings) -> dict[str, Any]:
     given = body["generate_responses"]
     if not given:
         raise ApiError("generate_responses must not be empty")
-    _check_bounds(given, settings)
+    check_bounds(given, settings)
     prompts = body.get("prompt_token_ids") or [None] * len(given)
-    _check_prompts(prompts, settings)
+    check_prompts(prompts, settings)
     choices: list[dict[str, Any]] = []
     for response, prompt in zip(given, prompts, strict=True):
         for choice in response["choices"]:
@@ -207,7 +168,7 @@ def _chat_chunk(body: Body, settings: EngineSettings) -> dict[str, Any]:
         raise ApiError(_NO_PROMPT)
     if len(chunk["choices"]) > 1:
         raise ApiError(f"derender_chat_stream expects at most one choice per chunk (got {len(chunk['choices'])}).")
-    state = {**_NO_STATE, **(body.get("stream_state") or {})}
+    state = {**NO_STATE, **(body.get("stream_state") or {})}
     ids = [token for choice in chunk["choices"] for token in choice.get("token_ids") or []]
     lengths = [len(prompt or []), len(state["output_token_ids"]), len(ids)]
     if sum(lengths) > settings.max_model_len:
@@ -289,10 +250,10 @@ def _parsed_delta(state: dict[str, Any], prompt: list[int], ids: list[int]) -> t
 
 def _completion_chunk(body: Body, settings: EngineSettings) -> dict[str, Any]:
     chunk = body["generate_chunk"]
-    _check_prompts([body.get("prompt_token_ids")], settings)
+    check_prompts([body.get("prompt_token_ids")], settings)
     if len(chunk["choices"]) > 1:
         raise ApiError("derender_completion_stream expects at most one choice per chunk")
-    state = {**_NO_STATE, **(body.get("stream_state") or {})}
+    state = {**NO_STATE, **(body.get("stream_state") or {})}
     choices = []
     for choice in chunk["choices"]:
         ids = choice.get("token_ids") or []
@@ -333,7 +294,7 @@ def _window(body: Body, chunk: dict[str, Any]) -> Window:
     """Where the stream stands: the state that the caller carries, else the end of the prompt."""
     state = body.get("stream_state")
     if state is not None:
-        return Window({**_NO_STATE, **state})
+        return Window({**NO_STATE, **state})
     return Window.after(_first(body.get("prompt_token_ids"), chunk.get("prompt_token_ids")))
 
 
@@ -350,41 +311,6 @@ def _completion_logprobs(choice: dict[str, Any], before: list[int], offset: int)
     if found is None:
         return None, offset
     return returned_shape(resolved(found.get("content") or [], before), offset)
-
-
-def _check_bounds(given: list[dict[str, Any]], settings: EngineSettings) -> None:
-    """Refuse what is larger than any answer of this server. Raises ApiError with vLLM's words."""
-    longest = settings.max_model_len
-    if len(given) > MAX_N:
-        raise ApiError(
-            f"generate_responses count ({len(given)}) exceeds server maximum ({MAX_N}). "
-            "Set VLLM_MAX_N_SEQUENCES to increase this limit."
-        )
-    for response in given:
-        if len(response["choices"]) > MAX_N:
-            name = response.get("request_id")
-            raise ApiError(
-                f"choices count ({len(response['choices'])}) in response '{name}' exceeds server maximum ({MAX_N})."
-            )
-        for choice in response["choices"]:
-            size = len(choice.get("token_ids") or [])
-            if size > longest:
-                raise ApiError(
-                    f"token_ids length ({size}) in choice {choice['index']} exceeds max_model_len ({longest})."
-                )
-            for entry in (choice.get("logprobs") or {}).get("content") or []:
-                count = len(entry.get("top_logprobs") or [])
-                if count > MAX_LOGPROBS:
-                    raise ApiError(
-                        f"top_logprobs count ({count}) in choice {choice['index']} exceeds "
-                        f"max_logprobs ({MAX_LOGPROBS})."
-                    )
-
-
-def _check_prompts(prompts: list[list[int] | None], settings: EngineSettings) -> None:
-    for prompt in prompts:
-        if prompt is not None and len(prompt) > settings.max_model_len:
-            raise ApiError(f"prompt_token_ids length ({len(prompt)}) exceeds max_model_len ({settings.max_model_len}).")
 
 
 def _chunk_usage(body: Body, chunk: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,10 +9,22 @@ SHUT_DOWN_MESSAGE = "cannot schedule new futures after shutdown"
 
 
 class ApiError(Exception):
-    """A refused request: HTTP status and the fields of the error body."""
+    """A refused request: HTTP status and the fields of the error body.
 
-    def __init__(self, message: str, *, status: int = 400, type_: str = "BadRequestError", param: str | None = None):
+    ``unforeseen``: in vLLM this is an exception that nobody caught, whose answer lacks the headers of the middleware.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type_: str = "BadRequestError",
+        param: str | None = None,
+        unforeseen: bool = False,
+    ):
         super().__init__(message)
+        self.unforeseen = unforeseen
         self.message = message
         self.status = status
         self.type = type_

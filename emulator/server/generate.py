@@ -3,13 +3,23 @@
 from typing import Any
 
 from emulator.server.completions import check_vocabulary, whole_usage
-from emulator.server.errors import ApiError, validation_error
+from emulator.server.errors import ApiError, Invalid, describe_input, validation_error
 from emulator.server.generation import DONE_EVENT, Call, Choice, Generation, dumps, usage_numbers
 from emulator.server.http import Exchange
 from emulator.server.logprobs import chat_shape, generate_shape, prompt_entries, prompt_shape
 from emulator.server.sampling import build_call
 from emulator.server.settings import EngineSettings
-from emulator.server.validation import SAMPLING_FIELDS, Body, convert_fields, finding, too_short
+from emulator.server.validation import (
+    ONE_CONSTRAINT,
+    SAMPLING_FIELDS,
+    Body,
+    check_early,
+    convert_fields,
+    finding,
+    literal,
+    too_short,
+    value_error,
+)
 
 _FIELDS = {
     "request_id": "str",
@@ -25,6 +35,7 @@ MODES = ("tokens", "text")
 
 def validate(body: Body) -> None:
     """The checks before the model is looked up. Raises ApiError."""
+    check_early({"cache_salt": body.get("cache_salt")}, one_kind=ApiError(ONE_CONSTRAINT))
     findings = convert_fields(body, _FIELDS)
     ids, sampling = body.get("token_ids"), body.get("sampling_params")
     if ids is None:
@@ -33,12 +44,38 @@ def validate(body: Body) -> None:
         findings.append(finding("list_type", "body.token_ids", ids))
     elif not ids:
         findings.append(too_short("body.token_ids", ids))
+    elif any(type(token) is not int for token in ids):
+        findings += [
+            finding("int_type", f"body.token_ids.{place}", token)
+            for place, token in enumerate(ids)
+            if type(token) is not int
+        ]
+    elif min(ids) < 0:
+        findings.append(value_error("body.token_ids", "token_ids must not contain negative values", ids))
     if sampling is None:
         findings.append(finding("missing", "body.sampling_params", body))
-    elif isinstance(sampling, dict):
-        findings += convert_fields(sampling, SAMPLING_FIELDS, "body.sampling_params")
+    else:
+        findings += _sampling_findings(sampling)
+    if body.get("output_mode", "tokens") not in MODES:
+        findings.append(literal("body.output_mode", body["output_mode"], "'tokens' or 'text'"))
     if findings:
         raise validation_error(findings)
+
+
+def _sampling_findings(sampling: Any) -> list[Invalid]:
+    """What is wrong with the sampling parameters: they are an object of vLLM's, or they are made from a mapping."""
+    place = "body.sampling_params"
+    wrong = (
+        convert_fields(sampling, SAMPLING_FIELDS, place)
+        if isinstance(sampling, dict)
+        else [finding("dict_type", place, sampling)]
+    )
+    if not wrong:
+        return []
+    message = "Input should be an instance of SamplingParams"
+    context = {"class": "SamplingParams"}
+    shown = describe_input(sampling)
+    return [Invalid(kind="is_instance_of", location=place, message=message, shown=shown, context=context), *wrong]
 
 
 def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
@@ -49,10 +86,18 @@ def parse(body: Body, settings: EngineSettings, priority: int) -> Call:
             f"The decoder prompt (length {len(prompt)}) is longer than the maximum model length of "
             f"{settings.max_model_len}. Make sure that `max_model_len` is no smaller than the number of text tokens."
         )
-    check_vocabulary(prompt)
     room = settings.max_model_len - len(prompt)
+    if not room:
+        raise ApiError(
+            f"The decoder prompt (length {len(prompt)}) plus the number of requested output tokens (at least 1) is "
+            f"longer than the maximum model length of {settings.max_model_len}. Make sure that `max_model_len` is no "
+            "smaller than the number of text tokens (prompt + requested output tokens)."
+        )
+    check_vocabulary(prompt)
     requested = sampling.get("max_tokens")
     fields = {**sampling, **{name: body[name] for name in _PASSED if name in body}}
+    if not body.get("stream"):
+        fields.pop("stream_options", None)
     return build_call(
         fields,
         [prompt],

@@ -20,9 +20,9 @@ class ToolCall(msgspec.Struct, frozen=True):
     arguments: str
 
 
-def write_call(name: str, arguments: str) -> str:
-    """The text of a model that calls a tool; ``arguments`` is JSON."""
-    return f'{_OPEN}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{_CLOSE}'
+def call_frame(name: str) -> tuple[str, str]:
+    """What a model that calls a tool writes before and after the arguments."""
+    return f'{_OPEN}\n{{"name": {json.dumps(name)}, "arguments": ', f"}}\n{_CLOSE}"
 
 
 def parse(text: str) -> tuple[str | None, list[ToolCall]]:

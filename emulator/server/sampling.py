@@ -9,6 +9,7 @@ from emulator.server.validation import (
     MAX_LOGPROBS,
     Body,
     check_sampling,
+    convert_fields,
     default,
     finding,
     stop_strings,
@@ -18,6 +19,16 @@ from emulator.server.validation import (
 from emulator.structured import Constraint, ConstraintError, count_kinds, parse_constraint
 from emulator.tokens import EOS_ID, VOCABULARY_SIZE
 
+NO_CONSTRAINT: dict[str, Any] = {
+    **dict.fromkeys(("json", "regex", "choice", "grammar", "json_object")),
+    "disable_any_whitespace": False,
+    "disable_additional_properties": False,
+    "whitespace_pattern": None,
+    "structural_tag": None,
+    "_backend": None,
+    "_backend_was_auto": False,
+}
+"""The structured-output parameters of vLLM, all at their defaults."""
 _FORCED = 100.0
 """A logit bias from here on leaves nothing else to sample; one of minus this never lets the token come."""
 
@@ -88,12 +99,12 @@ def _constraint(body: Body) -> Constraint | None:
     structured = body.get("structured_outputs")
     if structured is not None:
         kinds = count_kinds(structured)
+        shown = {**NO_CONSTRAINT, **structured} if isinstance(structured, dict) else NO_CONSTRAINT
         if kinds > 1:
             raise ApiError(
-                "You can only use one kind of constraints for structured outputs ('json', 'regex' or 'choice')."
+                f"You can only use one kind of structured outputs constraint but multiple are specified: {shown}"
             )
         if not kinds:
-            shown = structured if isinstance(structured, dict) else {}
             raise ApiError(f"You must use one kind of structured outputs constraint but none are specified: {shown}")
     try:
         return parse_constraint(structured, body.get("response_format"))
@@ -126,9 +137,11 @@ def _biases(body: Body) -> dict[int, float]:
         raise validation_error([finding("dict_type", "body.logit_bias", given)])
     found: dict[int, float] = {}
     wrong = []
+    given = dict(given)
+    findings = convert_fields(given, dict.fromkeys(given, "float"), "body.logit_bias")
+    if findings:
+        raise validation_error(findings)
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise validation_error([finding("float_type", f"body.logit_bias.{name}", value)])
         try:
             found[int(name)] = value
         except ValueError:

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from emulator.server import chat, completions, derender, generate, render
+from emulator.server import chat, completions, derender, derender_checks, generate, render
 from emulator.server.anthropic import parse_messages
 from emulator.server.errors import ApiError
 from emulator.server.generate import GenerateGeneration
 from emulator.server.generation import dumps
 from emulator.server.http import Exchange
 from emulator.server.responses import parse_responses
+from emulator.server.settings import EngineSettings
 from emulator.server.validation import Body, read_body
 
 if TYPE_CHECKING:
@@ -81,13 +82,15 @@ class ScaleOutRoutes:
         body = read_body(exchange)
         converted = parse_responses(body)
         self._app.check_model(body)
-        self._render_converted(exchange, body, converted, "resp_")
+        self._render_converted(exchange, body, converted, "resp_", extra_args={})
 
-    def _render_converted(self, exchange: Exchange, body: Body, converted: Body, prefix: str) -> None:
+    def _render_converted(self, exchange: Exchange, body: Body, converted: Body, prefix: str, **sampling: Any) -> None:
         app = self._app
         call = chat.parse(converted, app.settings, app.priority(exchange, body))
         request_id = prefix + app.request_id(exchange, body)
-        exchange.respond(200, dumps(render.rendered(call, converted, 0, request_id)))
+        answer = render.rendered(call, converted, 0, request_id)
+        answer["sampling_params"] |= sampling
+        exchange.respond(200, dumps(answer))
 
     def _render_completions(self, exchange: Exchange) -> None:
         app = self._app
@@ -104,14 +107,19 @@ class ScaleOutRoutes:
         exchange.respond(200, dumps(answer))
 
     def _derender_chat(self, exchange: Exchange) -> None:
-        self._derender(exchange, derender.chat)
+        names = ("generate_response", "body.DerenderChatRequest", "DerenderChatStreamRequest")
+        self._derender(exchange, names, derender.chat)
 
     def _derender_completions(self, exchange: Exchange) -> None:
-        self._derender(exchange, derender.completions)
+        # The whole answer's checks make vLLM forget its name for it.
+        names = ("generate_responses", "body", "DerenderCompletionStreamRequest")
+        self._derender(exchange, names, derender.completions)
 
-    def _derender(self, exchange: Exchange, answer: Callable[[Body, Any], Any]) -> None:
+    def _derender(
+        self, exchange: Exchange, names: tuple[str, str, str], answer: Callable[[Body, EngineSettings], Any]
+    ) -> None:
         body = read_body(exchange)
-        derender.validate(body)
+        derender_checks.validate(body, *names)
         self._app.check_model(body)
         exchange.respond(200, dumps(answer(body, self._app.settings)))
 

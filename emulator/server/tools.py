@@ -4,11 +4,12 @@ The model writes a call as vLLM's ``hermes`` parser reads it. A tool is only cal
 requires one; under "auto" the answer is text. Arguments are a small instance of the tool's parameter schema.
 """
 
+import json
 from typing import Any
 
 from emulator.server.errors import ApiError, parameter_error
 from emulator.server.generation import ToolPlan
-from emulator.server.hermes import write_call
+from emulator.server.hermes import call_frame
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import Body
 from emulator.structured import ConstraintError, parse_constraint
@@ -83,7 +84,29 @@ def _planned(function: dict[str, Any], prompt: list[int], *, named: bool) -> Too
         arguments = (constraint.text(decode_bytes(prompt)) if constraint else None) or "{}"
     except ConstraintError as error:
         raise ApiError(str(error)) from None
-    return ToolPlan(text=write_call(str(function.get("name", "")), arguments), named=named)
+    begin, end = call_frame(str(function.get("name", "")))
+    return ToolPlan(text=begin + arguments + end, named=named)
+
+
+def uses_tools(body: Body) -> bool:
+    """Whether the model is shown tools that it may call."""
+    return bool(body.get("tools")) and body.get("tool_choice") != "none"
+
+
+def structural_tag(body: Body) -> str | None:
+    """The constraint under which vLLM runs a body that demands a call; None if it demands none."""
+    choice = body.get("tool_choice")
+    if not body.get("tools") or choice in (None, "none", "auto"):
+        return None
+    named = choice["function"]["name"] if isinstance(choice, dict) else None
+    tags = []
+    for function in map(_function, body["tools"]):
+        if named in (None, function.get("name")):
+            begin, end = call_frame(str(function.get("name", "")))
+            content = {"type": "json_schema", "json_schema": function.get("parameters") or {"type": "object"}}
+            tags.append({"type": "tag", "begin": begin, "content": content, "end": end})
+    form = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True}
+    return json.dumps({"type": "structural_tag", "format": {**form, "stop_after_first": named is not None}})
 
 
 def _function(tool: Any) -> dict[str, Any]:

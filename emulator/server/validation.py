@@ -50,6 +50,9 @@ SAMPLING_FIELDS = {**_COMMON_FIELDS, "logprobs": "int"}
 MAX_LOGPROBS = 20
 MAX_N = 128
 """Most choices of one prompt; vLLM's own limit is far above what anybody asks for."""
+ONE_CONSTRAINT = "You can only use one kind of constraints for structured outputs ('json', 'regex' or 'choice')."
+_LONGEST_SALT = 128
+_FORBIDDEN_IN_SALT = frozenset("@/\\\0")
 _TRUE = frozenset({"true", "1", "yes", "on", "y", "t"})
 _FALSE = frozenset({"false", "0", "no", "off", "n", "f"})
 _MESSAGES = {
@@ -227,6 +230,75 @@ def stream_options(body: Body) -> tuple[bool, bool]:
     return include_usage, include_usage and bool(options.get("continuous_usage_stats"))
 
 
+def check_early(body: Body, *, one_kind: ApiError) -> list[Invalid]:
+    """What vLLM checks of a body before it converts any field; returns findings for the list of all.
+
+    ``one_kind``: the refusal of two kinds of constraint. Raises ApiError.
+    """
+    salt = body.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise parameter_error("Parameter 'cache_salt' must be a non-empty string if provided.", "cache_salt")
+    if salt is not None and (len(salt) > _LONGEST_SALT or not _FORBIDDEN_IN_SALT.isdisjoint(salt)):
+        raise parameter_error(
+            f"Parameter 'cache_salt' must be at most {_LONGEST_SALT} characters and must not contain '@', '/', "
+            "'\\\\', or NUL.",
+            "cache_salt",
+        )
+    structured = body.get("structured_outputs")
+    if structured is not None and not isinstance(structured, dict):
+        message = f"{type(structured).__name__!r} object has no attribute 'get'"
+        raise ApiError(message, status=500, type_="InternalServerError", unforeseen=True)
+    if structured and sum(structured.get(name) is not None for name in ("json", "regex", "choice")) > 1:
+        raise one_kind
+    return _response_format(body.get("response_format"))
+
+
+def _response_format(given: Any) -> list[Invalid]:
+    """What is wrong with ``response_format``, as one of the three kinds that it may be. Raises ApiError."""
+    place = "body.response_format"
+    if given is None:
+        return []
+    if not isinstance(given, dict):
+        message = "Input should be a valid dictionary or object to extract fields from"
+        wrong = Invalid(kind="model_attributes_type", location=place, message=message, shown=describe_input(given))
+        return [wrong] * 3
+    kind = given.get("type")
+    if kind == "json_schema" and given.get("json_schema") is None:
+        raise parameter_error(
+            "When response_format type is 'json_schema', the 'json_schema' field must be provided.", "response_format"
+        )
+    if kind in ("text", "json_object", "json_schema", "structural_tag"):
+        return []
+    tag = literal(f"{place}.type", kind, "'structural_tag'")
+    return [
+        literal(f"{place}.type", kind, "'text', 'json_object' or 'json_schema'"),
+        *(tag, finding("missing", f"{place}.format", given)),
+        *(tag, finding("missing", f"{place}.structures", given), finding("missing", f"{place}.triggers", given)),
+    ]
+
+
+def literal(location: str, value: Any, expected: str) -> Invalid:
+    """A value that is none of those ``expected``, which are listed as vLLM does."""
+    return Invalid(
+        kind="literal_error",
+        location=location,
+        message=f"Input should be {expected}",
+        shown=describe_input(value),
+        context={"expected": expected},
+    )
+
+
+def value_error(location: str, message: str, value: Any) -> Invalid:
+    """A finding of a rule that is none of a single type."""
+    return Invalid(
+        kind="value_error",
+        location=location,
+        message=f"Value error, {message}",
+        shown=describe_input(value),
+        context={"error": ValueError(message)},
+    )
+
+
 def check_logprob_fields(body: Body, sampled: str) -> None:
     """vLLM's rules for ``prompt_logprobs`` and for ``sampled``, the field of sampled ones. Raises ApiError.
 
@@ -260,9 +332,15 @@ def check_sampling(body: Body, max_tokens: int) -> None:
         raise ApiError(f"repetition_penalty must be greater than zero, got {body['repetition_penalty']}.")
     if not temperature >= 0.0:
         raise parameter_error(f"temperature must be non-negative, got {temperature}.", "temperature", temperature)
+    if temperature > 2.0:
+        raise parameter_error(f"temperature must be in [0, 2], got {temperature}.", "temperature", temperature)
     top_p = default(body.get("top_p"), 1.0)
     if not 0.0 < top_p <= 1.0:
         raise parameter_error(f"top_p must be in (0, 1], got {top_p}.", "top_p", top_p)
+    if default(body.get("top_k"), 0) < -1:
+        raise ApiError(f"top_k must be 0 (disable), or at least 1, got {body['top_k']}.")
+    if not 0.0 <= default(body.get("min_p"), 0.0) <= 1.0:
+        raise ApiError(f"min_p must be in [0, 1], got {body['min_p']}.")
     if max_tokens < 1:
         raise parameter_error(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens", max_tokens)
     min_tokens = default(body.get("min_tokens"), 0)
@@ -274,15 +352,20 @@ def check_sampling(body: Body, max_tokens: int) -> None:
         raise ApiError(f"n must be 1 when using greedy sampling, got {n}.")
 
 
-def output_limit(requested: int | None, prompt_tokens: int, max_model_len: int) -> int:
-    """How many tokens a request may produce: clamped to the model length. Raises ApiError with vLLM's texts."""
+def output_limit(requested: int | None, prompt_tokens: int, max_model_len: int, *, tokenized_here: bool = False) -> int:
+    """How many tokens a request may produce: clamped to the model length. Raises ApiError with vLLM's texts.
+
+    ``tokenized_here``: the prompt came as text, which vLLM stops to tokenize where it is too long.
+    """
     if prompt_tokens > max_model_len:
+        counted = max_model_len + 1 if tokenized_here else prompt_tokens
+        shown = f"at least {counted}" if tokenized_here else str(counted)
         raise parameter_error(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
-            f"{prompt_tokens} input tokens, which exceeds this limit even without any output tokens. "
+            f"{shown} input tokens, which exceeds this limit even without any output tokens. "
             "Please reduce the length of the input prompt.",
             "input_tokens",
-            prompt_tokens,
+            counted,
         )
     if requested is not None and requested > max_model_len:
         raise parameter_error(

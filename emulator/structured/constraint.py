@@ -12,7 +12,7 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 class Constraint(msgspec.Struct, frozen=True, kw_only=True):
-    """What the output has to be. ``kind``: json, json_object, regex, choice or free (accepted, not enforced)."""
+    """What the output has to be. ``kind``: json, json_object, regex, choice, tag or free (accepted, not enforced)."""
 
     kind: str
     schema: Any = None
@@ -37,6 +37,9 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True):
         if self.kind == "regex":
             regex.write(regex.parse(self.pattern), picker)
             return picker.text
+        if self.kind == "tag" and self.schema is not None:
+            inner = schema.instance(self.schema["content"]["json_schema"], picker)
+            return f"{self.schema['begin']}{json.dumps(inner, ensure_ascii=False)}{self.schema['end']}"
         if self.kind == "choice":
             _write_choice(self.choices, picker)
             return picker.text
@@ -52,21 +55,26 @@ def parse_constraint(structured: Any, response_format: Any) -> Constraint | None
     Raises ConstraintError with vLLM's words where vLLM refuses too, else with a reason of its own.
     """
     given = dict(structured) if isinstance(structured, dict) else {}
-    if isinstance(response_format, dict):
-        kind = response_format.get("type")
-        if kind == "json_object":
-            given = {"json_object": True}
-        elif kind == "json_schema":
-            wrapper = response_format.get("json_schema")
-            given = {"json": wrapper.get("schema", {}) if isinstance(wrapper, dict) else {}}
-        elif kind not in (None, "text"):
-            given = {"structural_tag": json.dumps(response_format)}
+    given = response_format_constraint(response_format) or given
     named = [kind for kind in _KINDS if given.get(kind) is not None]
     if not named:
         return None
     constraint = _constraint(named[0], given[named[0]])
     constraint.text(b"")
     return constraint
+
+
+def response_format_constraint(response_format: Any) -> dict[str, Any] | None:
+    """``response_format`` as ``structured_outputs`` says it; None where it constrains nothing."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        wrapper = response_format.get("json_schema")
+        return {"json": wrapper.get("schema", {}) if isinstance(wrapper, dict) else {}}
+    return {"structural_tag": json.dumps(response_format)}
 
 
 def count_kinds(structured: Any) -> int:
@@ -94,7 +102,20 @@ def _constraint(kind: str, value: Any) -> Constraint:
         return Constraint(kind="choice", choices=tuple(str(item) for item in value))
     if not str(value).strip():
         raise ConstraintError(f"structured_outputs.{kind} cannot be an empty string")
+    if kind == "structural_tag":
+        return Constraint(kind="tag", schema=_first_tag(value))
     return Constraint(kind="free")
+
+
+def _first_tag(value: Any) -> Any:
+    """The first tag of a structural tag that wants at least one, else None: then the output is free."""
+    try:
+        tag = json.loads(value) if isinstance(value, str) else value
+        form = tag["format"]
+        first = form["tags"][0] if form.get("at_least_one") else None
+        return first if first and first["content"]["type"] == "json_schema" else None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
 
 
 def _schema(value: Any) -> Any:

@@ -16,6 +16,7 @@ _FREE_STRINGS = frozenset(
     {
         *("id", "text", "content", "system_fingerprint", "root", "prompt", "delta", "item_id", "request_id"),
         *("token_strs", "token", "decoded_token", "arguments", "partial_json", "endpoint", "replay_endpoint"),
+        *("prev_tokens", "structural_tag"),
     }
 )
 _FREE_NUMBERS = frozenset(
@@ -40,21 +41,35 @@ def _loosen(why: str, fields: str, *cases: str) -> None:
 
 _loosen(
     "whether a stop string or the end comes depends on the text",
-    "finish_reason stop_reason completion_tokens",
+    "finish_reason stop_reason completion_tokens end",
     *("completions_no_max_tokens", "chat_no_max_tokens", "completions_stop_token_ids", "chat_stop_token_ids"),
+    *("generate_no_max_tokens", "generate_stop_token_ids", "generate_max_tokens_too_many"),
 )
 _loosen(
     "the tiny model writes white space until the limit where the schema allows it",
     "finish_reason stop_reason completion_tokens end",
     *("chat_json_object", "chat_json_schema", "chat_json_schema_stream", "completions_json_schema"),
-    *("completions_json_schema_stream", "generate_json_schema"),
+    *("completions_json_schema_stream", "generate_json_schema", "chat_structured_json", "completions_structured_json"),
 )
 _loosen(
     "tokens of a text, and which of the tiny model's two end tokens ended it",
     "stop_reason completion_tokens",
-    *("chat_structured_regex", "completions_structured_regex"),
+    *("chat_structured_regex", "completions_structured_regex", "chat_structured_choice"),
+    *("completions_structured_choice", "generate_structured_choice"),
 )
-_loosen("tokens of a text", "completion_tokens", "chat_tools_named", "chat_tools_named_stream", "chat_tools_required")
+_loosen(
+    "tokens of a text",
+    "completion_tokens output_tokens end",
+    *("chat_tools_named", "chat_tools_named_stream", "chat_tools_required", "chat_tools_named_logprobs"),
+    *("messages_tools_any_stream", "messages_tools_named_stream", "messages_stop", "generate_stop_string"),
+    *("chat_include_stop", "completions_include_stop"),
+)
+_loosen(
+    "the rest of the context is as long as the prompt leaves it",
+    "max_tokens",
+    *("chat_render_plain", "chat_render_n2", "chat_render_schema", "chat_render_x_request_id"),
+)
+_loosen("a sampled token may be none of the best", "<tokens>", "completions_n2_logprobs_stream")
 
 
 def header_shape(headers: list[Any]) -> list[tuple[str, str]]:

@@ -189,7 +189,6 @@ def _add_tools(chat: Any, add: Any) -> None:
     add("messages_tools_auto", "/v1/messages", messages=USER, max_tokens=4, tools=MESSAGE_TOOLS)
     for name, choice in (("any", {"type": "any"}), ("named", {"type": "tool", "name": "get_weather"})):
         common = {"messages": USER, "max_tokens": 64, "tools": MESSAGE_TOOLS, "tool_choice": choice, "temperature": 0}
-        add(f"messages_tools_{name}", "/v1/messages", **common)
         add(f"messages_tools_{name}_stream", "/v1/messages", **common, stream=True)
     add("messages_stop", "/v1/messages", messages=USER, max_tokens=64, stop_sequences=["e"], temperature=0)
     add("messages_system", "/v1/messages", messages=USER, max_tokens=4, system="s", temperature=0)
