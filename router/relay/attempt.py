@@ -254,6 +254,7 @@ class Attempt:
         self._owner.attempt_ended(self, ending)
         if response is not None:
             response.close()
+            self._response = None  # they refer to one another: no work for the garbage collector
 
 
 def _cause(error: Exception) -> str:

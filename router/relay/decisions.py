@@ -1,4 +1,4 @@
-"""The last decisions of a relay, for ``explain``: kept as msgpack bytes, an eighth of the size of the values."""
+"""The last decisions of a relay, for ``explain``: kept as msgpack bytes, a fraction of the size of the values."""
 
 from collections.abc import Callable
 
@@ -68,13 +68,15 @@ class DecisionLog:
 
 DecisionEntry = _Entry
 
+_REASON = Decision.__struct_fields__.index("reason")
+_EXAMINED = Decision.__struct_fields__.index("examined")
 _ROUTE_REASONS = {reason.value: reason for reason in RouteReason}
 
 
 def _restore(encoded: bytes) -> Decision:
     """The decision of ``encoded``. By hand, because its reason is one of two enums of text."""
     fields = msgspec.msgpack.decode(encoded)
-    reason = fields["reason"]
-    fields["reason"] = _ROUTE_REASONS.get(reason) or RejectReason(reason)
-    fields["examined"] = msgspec.convert(fields["examined"], tuple[ExaminedTarget, ...])
-    return Decision(**fields)
+    reason = fields[_REASON]
+    fields[_REASON] = _ROUTE_REASONS.get(reason) or RejectReason(reason)
+    fields[_EXAMINED] = msgspec.convert(fields[_EXAMINED], tuple[ExaminedTarget, ...])
+    return Decision(*fields)

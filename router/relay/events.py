@@ -17,7 +17,7 @@ class EventStream:
     ``chunked_out``: whether the client gets chunk framing. Feed it reads; ``complete`` is set at the body's end.
     """
 
-    __slots__ = ("_budget", "_chunked_out", "_decoder", "_held", "_max_event_bytes", "verbatim", "complete", "split")
+    __slots__ = ("_budget", "_chunked_out", "_decoder", "_held", "_max_event_bytes", "complete", "split", "verbatim")
 
     def __init__(self, head: ResponseHead, *, chunked_out: bool, max_event_bytes: int, budget: BufferBudget) -> None:
         self._decoder = head.decoder()

@@ -20,7 +20,7 @@ MAX_CONCURRENT_CONNECTS = 256
 """Connection attempts under way to one worker; further ones fail, since a worker that slow is down."""
 
 
-class Address(msgspec.Struct, frozen=True):
+class Address(msgspec.Struct, frozen=True, cache_hash=True):
     """Where a worker listens. ``prefix`` is a path before every request's own ("" usually)."""
 
     host: str

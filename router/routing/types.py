@@ -121,7 +121,7 @@ class RequestFeatures(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     data_parallel_rank: int | None = None
 
 
-class ExaminedTarget(msgspec.Struct, frozen=True, gc=False):
+class ExaminedTarget(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """One candidate and the parts of its price. Seconds and tokens; all 0 where ``ineligible``."""
 
     slot: int
@@ -145,7 +145,7 @@ class ExaminedTarget(msgspec.Struct, frozen=True, gc=False):
         return self.own_s + self.wait_s
 
 
-class Decision(msgspec.Struct, frozen=True, gc=False):
+class Decision(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Where a request goes, or why nowhere. Enums and numbers only; ``explain.render`` makes text of it.
 
     ``slot`` is None for a rejection; then ``retry_after_s`` says when to try again.
