@@ -144,12 +144,12 @@ class Soak:
     async def _sample(self) -> None:
         while True:
             self._watch.sample()
-            self._streams_seen.append(self.load.under_way)
+            if self._measured_from_s and not self._measured_until_s:
+                self._streams_seen.append(self.load.under_way)
             await asyncio.sleep(SAMPLE_S)
 
     async def _measure(self, streams: "asyncio.Task[None]") -> None:
         before = psutil.cpu_times()
-        self._streams_seen.clear()
         self._tokens_at_start = self.load.totals.delivered
         self._monitor.lag_counts[:] = [0] * len(self._monitor.lag_counts)
         self._measured_from_s = time.monotonic()
@@ -221,6 +221,16 @@ class Soak:
             "generator_lag_p99_s": lag_quantile(self._monitor.lag_counts, 0.99),
             "engine_lateness_p99_ratio": self._lateness,
         }
+
+    def write_samples(self, path: Path) -> None:
+        """All looks at all processes, as CSV; times count from the beginning of the measured time."""
+        lines = ["process,at_s,rss_bytes,private_bytes,fds,cpu_s"]
+        for name, samples in self._watch.samples.items():
+            lines += [
+                f"{name},{s.at_s - self._measured_from_s:.1f},{s.rss_bytes},{s.private_bytes},{s.fds},{s.cpu_s:.2f}"
+                for s in samples
+            ]
+        path.write_text("\n".join(lines) + "\n")
 
     def _points(self, name: str, field: str) -> list[tuple[float, float]]:
         samples = self._watch.since(name, self._measured_from_s)
@@ -303,6 +313,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--fill-requests", type=int, default=150_000, help="short requests at first, to fill tables (default 150000)"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--samples", help="write every look at every process to this CSV file")
     parser.add_argument("--run-dir", help="keep logs and state here; default: a temporary directory")
     return parser.parse_args(argv)
 
@@ -318,6 +329,8 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
             run = Soak(arguments, fleet)
             await run.run()
             result = run.report()
+            if arguments.samples:
+                run.write_samples(Path(arguments.samples))
         for text in (*run.load.totals.error_texts, *run.load.totals.violations[:20]):
             note(text)
     return result

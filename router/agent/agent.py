@@ -334,7 +334,7 @@ class Agent:
         beats = self._fresh_relays()
         pids = replica_pids({name: beat.pid for name, beat in beats.items()})
         series = [*totals, *process_series(pids), *self._figures.series(), *self._kv_events.series()]
-        return render(sorted(series, key=lambda item: (item.family.name, item.values)))
+        return render(sorted(series, key=lambda item: (item.family.name, item.values)), self._book.families())
 
 
 def _beat_state(beat: Beat, now_s: float) -> dict[str, Any]:

@@ -106,6 +106,11 @@ class CounterBook:
                     sums[key] = SeriesValue(series.family, series.values, cells)
         return [sums[key] for key in sorted(sums)]
 
+    def families(self) -> list[FamilyLine]:
+        """All metrics that any process defined, with or without series, by name."""
+        found = {family.name: family for reader in self._refresh() for family in reader.families()}
+        return [found[name] for name in sorted(found)]
+
     def close(self) -> None:
         """Unmap everything."""
         for _, reader in self._readers.values():
@@ -126,20 +131,27 @@ class CounterBook:
                 continue  # being created at this moment; it is there at the next scrape
 
 
-def render(series: Iterable[SeriesValue]) -> str:
-    """``series``, grouped by metric name, as Prometheus text."""
+def render(series: Iterable[SeriesValue], families: Iterable[FamilyLine] = ()) -> str:
+    """``series``, grouped by metric name, as Prometheus text.
+
+    Metrics in ``families`` that have no series are announced, so that one can see what there may be.
+    """
     lines: list[str] = []
     name = ""
+    seen = set()
     for item in series:
         family = item.family
         if family.name != name:
             name = family.name
-            lines.append(f"# HELP {name} {_escape_help(family.help)}")
-            lines.append(f"# TYPE {name} {family.kind}")
+            seen.add(name)
+            lines.extend(_announcement(family))
         if family.kind == "histogram":
             lines.extend(_histogram_lines(item))
         else:
             lines.append(f"{name}{_labels(family.labels, item.values)} {_number(item.cells[0])}")
+    for family in families:
+        if family.name not in seen:
+            lines.extend(_announcement(family))
     return "\n".join(lines) + "\n" if lines else ""
 
 
@@ -157,6 +169,10 @@ def quantile(item: SeriesValue, q: float) -> float:
             return lower + (upper - lower) * max(0.0, rank - below) / count
         below += count
     return bounds[-1]
+
+
+def _announcement(family: FamilyLine) -> tuple[str, str]:
+    return f"# HELP {family.name} {_escape_help(family.help)}", f"# TYPE {family.name} {family.kind}"
 
 
 def _histogram_lines(item: SeriesValue) -> Iterator[str]:

@@ -72,7 +72,8 @@ class ProfilePort:
             return _error(409, "a profile is being taken already")
         self._busy = True
         try:
-            log.info("taking a profile", extra=msgspec.to_builtins(wanted))
+            extra = {"profiled": process, "seconds": wanted.seconds, "hz": wanted.hz, "clock": wanted.clock.value}
+            log.info("taking a profile", extra=extra)
             profile = await self._record(wanted)
         except BusyError as error:
             return _error(409, str(error))

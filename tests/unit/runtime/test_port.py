@@ -11,6 +11,13 @@ from aiohttp import web
 from twofold.runtime import sampler
 from twofold.runtime.port import PATH, ProcessGoneError, ProfilePort, Wanted
 
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Log lines are made, as in production."""
+    caplog.set_level("INFO")
+
+
 Ask = Callable[..., Awaitable[tuple[int, str]]]
 
 
