@@ -122,7 +122,7 @@ class EngineModel:
         return Load(len(self.running), len(self.waiting), self.waiting.num_deferred, self.pool.usage)
 
     def idle_until_s(self, now_s: float) -> float | None:
-        """When the next request is ready, where nothing can run before; None where a step does something at ``now_s``."""
+        """When the next request is ready, where nothing can run before; None where a step does something now."""
         if self.running or self.paused is not Pause.NONE:
             return None
         request = self.waiting.peek()

@@ -41,8 +41,8 @@ class Request:
     """A request and its progress. The engine model alone changes it after ``EngineModel.add``.
 
     ``max_tokens`` bounds the output; with ``natural_end`` it may also end earlier, where the token chain says so.
-    ``priority``: lower runs first (priority policy only). ``arrival_s`` is the clock of ``EngineModel.step``; no step that
-    begins before ``ready_s`` admits the request: until then it is on its way through the API server.
+    ``priority``: lower runs first (priority policy only). ``arrival_s`` is the clock of ``EngineModel.step``; no step
+    that begins before ``ready_s`` admits the request: until then it is on its way through the API server.
     ``cache_salt`` keeps the request's blocks apart from those of other salts, ``adapter`` from those of other adapters
     and of the base model. ``read_cache=False`` computes the whole prompt, as vLLM does where prompt logprobs are asked
     for; its blocks are stored all the same. ``source``: where the output comes from, the plain chain if None.

@@ -183,36 +183,6 @@ def test_second_signal_ends_it_though_a_client_waits(start: Start) -> None:
         assert emulator.process.wait(10) == 0
 
 
-def test_shutdown_timeout_lets_streams_finish_and_refuses_new_work(start: Start) -> None:
-    emulator = start("--shutdown-timeout", "30")
-    with open_request(emulator.url, "POST", "/v1/completions", body(900)) as stream:
-        received = b""
-        while not started(received):
-            received += stream.recv(65536)
-        emulator.process.terminate()
-        wait_until(lambda: ask(emulator).body == b"data: [DONE]\n\n")
-        assert exchange(emulator.url, "GET", "/health").status == 200
-        messages = [{"role": "user", "content": "x"}]
-        chat = exchange(emulator.url, "POST", "/v1/chat/completions", {"model": "tiny", "messages": messages})
-        assert chat.status == 500
-        assert chat.json()["error"]["message"] == "cannot schedule new futures after shutdown"
-        while data := stream.recv(65536):
-            received += data
-    assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-    assert received.count(b'"text"') == 900
-    assert emulator.process.wait(10) == 0
-
-
-def test_shutdown_timeout_passes(start: Start) -> None:
-    emulator = start("--shutdown-timeout", "0.3", "--time-scale", "0.05")
-    with open_request(emulator.url, "POST", "/v1/completions", body(1500), timeout_s=1.0) as stream:
-        wait_until(lambda: exchange(emulator.admin, "GET", "/stats").json()["engines"][0]["running"] == 1)
-        emulator.process.terminate()
-        wait_until(lambda: refused(emulator.url))
-        assert silent(stream)
-    assert emulator.process.wait(10) == 0
-
-
 def test_death_of_the_process_ends_streams_inside_the_body(start: Start) -> None:
     emulator = start()
     fault(emulator, "die_after_tokens", tokens=10)
@@ -229,21 +199,6 @@ def test_death_of_one_engine_leaves_its_siblings(start: Start) -> None:
     assert (response.end, len(response.deltas())) == ("truncated", 10)
     assert refused(emulator.urls[0])
     assert exchange(emulator.urls[1], "POST", "/v1/completions", body(5)).end == "complete"
-
-
-def test_death_of_the_engine_core_is_vllms_error_event(start: Start) -> None:
-    emulator = start()
-    fault(emulator, "die_after_tokens", tokens=10, mode="engine_core")
-    with open_request(emulator.url, "POST", "/v1/completions", body(50, stream=False)) as whole:
-        response = ask(emulator, 50)
-        late = read_response(whole)
-    events = response.events()
-    assert response.end == "complete"
-    assert json.loads(events[-2][1])["error"]["type"] == "InternalServerError"
-    assert events[-1][1] == "[DONE]"
-    assert late.status == 500
-    assert late.json()["error"]["message"].startswith("EngineCore encountered an issue.")
-    wait_until(lambda: refused(emulator.url))
 
 
 def test_hang_answers_health_and_goes_on_without_a_lost_token(start: Start) -> None:
@@ -348,31 +303,6 @@ def test_priority_policy_over_http(start: Start) -> None:
     for thread in threads:
         thread.join(30)
     assert order == ["first", "high", "low"]
-
-
-def test_abort_call_ends_a_stream_with_the_reason_abort(start: Start) -> None:
-    emulator = start("--enable-scale-out")
-    request = open_request(emulator.url, "POST", "/v1/completions", body(1500), headers={"X-Request-Id": "abort-me"})
-    with request as stream:
-        wait_until(lambda: exchange(emulator.admin, "GET", "/stats").json()["engines"][0]["running"] == 1)
-        abort = {"request_ids": ["cmpl-abort-me-0"]}
-        assert exchange(emulator.url, "POST", "/inference/v1/abort_requests", abort).status == 200
-        response = read_response(stream)
-    assert response.deltas()[-1]["choices"][0]["finish_reason"] == "abort"
-    assert response.events()[-1][1] == "[DONE]"
-
-
-def test_reset_prefix_cache_in_dev_mode(start: Start) -> None:
-    emulator = start("--enable-dev-mode")
-    ids = [70 + index % 100 for index in range(300)]
-
-    def cached() -> int:
-        answer = ask(emulator, 1, prompt=ids, stream=False).json()
-        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-
-    assert [cached(), cached()] == [0, 256]
-    assert exchange(emulator.url, "POST", "/reset_prefix_cache", {}).json() == {"success": True}
-    assert cached() == 0
 
 
 def test_garbage_on_the_wire_never_kills_it(start: Start) -> None:
