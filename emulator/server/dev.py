@@ -72,8 +72,10 @@ class DevRoutes:
         level = query.integer("level", 1, 0, 2)
         mode = PauseMode(query.choice("mode", "abort", _MODES))
         self._check_alive()
+        ended = self._app.metrics.sleep_operations.begin("sleep")
 
         def asleep() -> None:
+            ended()
             if level >= 1:
                 self._asleep |= _MEMORY
             for rank in self._app.group.ranks:
@@ -85,6 +87,7 @@ class DevRoutes:
     def _wake_up(self, exchange: Exchange) -> None:
         tags = Query(exchange).every("tags") or None
         self._check_alive()
+        ended = self._app.metrics.sleep_operations.begin("wake")
         memory = None if tags is None else [tag for tag in tags if tag != "scheduling"]
         if memory is None:
             self._asleep.clear()
@@ -94,6 +97,7 @@ class DevRoutes:
             self._app.group.resume()
             for rank in self._app.group.ranks:
                 rank.metrics.sleep_level = None
+        ended()
         exchange.respond(200, dumps({"status": "sleeping" if self._asleep else "awake", "tags": tags}))
 
     def _is_sleeping(self, exchange: Exchange) -> None:
@@ -103,6 +107,7 @@ class DevRoutes:
     def _release_kv_cache_memory(self, exchange: Exchange) -> None:
         self._check_alive()
         group = self._app.group
+        self._app.metrics.sleep_operations.begin("release_kv_cache_memory")()
         if not group.paused or group.unfinished:
             self._fail(exchange, "release_kv_cache_memory() requires a completed pause first")
         elif self._asleep:

@@ -68,6 +68,8 @@ HELP: dict[str, str] = {
     ),
     "admission_rejections": ("Number of admission attempts rejected by a queue limit, by reason."),
     "lora_requests_info": ("Running stats on lora requests."),
+    "sleep_mode_operation_duration_seconds": ("Duration of one sleep-mode operation."),
+    "sleep_mode_operations_in_flight": ("Sleep-mode operations currently awaited."),
     "tool_call_parser_invocations": (
         "Total number of ToolParser invocations. Non-streaming increments once per choice; streaming increments once "
         "per delta."
@@ -122,6 +124,7 @@ HTTP_DURATIONS_FINE_S = (
     *(10.0, 30.0, 60.0),
 )
 HTTP_DURATIONS_S = (0.1, 0.5, 1.0)
+SLEEP_DURATIONS_S = (0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 CACHE_CONFIG: dict[str, str] = {
     "_block_size_resolved": "True",
     "block_size": "128",

@@ -81,6 +81,43 @@ class HttpFigures:
         )
 
 
+class SleepOperations:
+    """Development mode's sleep-mode operations; the series appear with the first one, as in vLLM."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._operations: dict[str, tuple[Histogram, float]] = {}
+        self._in_flight: dict[str, int] = {}
+
+    def begin(self, operation: str) -> Callable[[], None]:
+        """An operation ("sleep", "wake", "release_kv_cache_memory") begins; call the result when it has ended."""
+        began_s = self._clock()
+        if operation not in self._operations:
+            self._operations[operation] = (Histogram(names.SLEEP_DURATIONS_S), time.time())
+        self._in_flight[operation] = self._in_flight.get(operation, 0) + 1
+
+        def ended() -> None:
+            self._in_flight[operation] -= 1
+            self._operations[operation][0].observe(self._clock() - began_s)
+
+        return ended
+
+    def render(self, page: Page) -> None:
+        """The two families, once there has been an operation."""
+        if not self._operations:
+            return
+        labels: list[Labels] = [(("operation", name),) for name in self._operations]
+        duration, in_flight = "sleep_mode_operation_duration_seconds", "sleep_mode_operations_in_flight"
+        samples = [(label, entry[0]) for label, entry in zip(labels, self._operations.values(), strict=True)]
+        created = [entry[1] for entry in self._operations.values()]
+        page.histogram(f"vllm:{duration}", names.HELP[duration], samples, created)
+        page.gauge(
+            f"vllm:{in_flight}",
+            names.HELP[in_flight],
+            [(label, float(count)) for label, count in zip(labels, self._in_flight.values(), strict=True)],
+        )
+
+
 class PortMetrics:
     """All that one port shows. ``engines``: its ranks, those that left included, as vLLM keeps their series."""
 
@@ -95,6 +132,7 @@ class PortMetrics:
     ) -> None:
         self.engines = engines
         self.http = HttpFigures(clock)
+        self.sleep_operations = SleepOperations(clock)
         self.rejections = dict.fromkeys(names.ADMISSION_REASONS, 0)
         self.tool_parser = dict.fromkeys(names.TOOL_PARSER_SERIES, 0) if tool_parser else None
         self._served = served
@@ -130,6 +168,7 @@ class PortMetrics:
         self._cache_config(page)
         self.http.render(page)
         self._tool_parser(page)
+        self.sleep_operations.render(page)
         alone = len(self.engines) == 1
         for name, text in (("seconds", names.LATENESS_HELP), ("ratio", names.RATIO_HELP)):
             attribute = {"seconds": "lateness_s", "ratio": "lateness_ratio"}[name]

@@ -237,6 +237,12 @@ def test_sleep_shows_in_the_metrics_and_wakes_in_parts(subject: Subject) -> None
     assert exchange(subject.url, "POST", "/sleep?level=0", {}).json() == {"status": "sleeping", "level": 0}
     assert states() == [0, 0, 0]
     assert wake("") == {"status": "awake", "tags": None}
+    page = exchange(subject.url, "GET", "/metrics").body.decode()
+    family = "vllm:sleep_mode_operation_duration_seconds"
+    assert f"# TYPE {family} histogram\n" in page
+    assert f'{family}_bucket{{le="600.0",operation="sleep"}} ' in page
+    assert sum_of(page, f"{family}_count", operation="wake") >= 3
+    assert sum_of(page, "vllm:sleep_mode_operations_in_flight") == 0
 
 
 @pytest.mark.parametrize(
