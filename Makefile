@@ -12,7 +12,7 @@ PEERS ?= nginx,vllm-router,sglang-router
 PYTEST_ARGS ?=
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo up test test-source test-wheel test-vllm lint soak proto lock replay-mooncake bench-decision bench-dataplane clean
+.PHONY: help demo up test test-source test-wheel test-vllm lint soak proto lock replay-mooncake bench-decision bench-dataplane bench-probes bench-controlplane clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -51,6 +51,12 @@ replay-mooncake: $(STAMP) ## replay TRACE=path of a Mooncake trace through 2 rep
 
 bench-decision: $(STAMP) ## cost of one routing decision
 	@$(BIN)/python benchmarks/bench_decision.py
+
+bench-probes: $(STAMP) ## CPU of probing 100 workers, and of an engine per scrape (ARGS=--vllm: a real one)
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_probes.py $(ARGS)
+
+bench-controlplane: $(STAMP) ## 1,000 targets, 20 routers: CPU, age of views, reconnect storm
+	@PYTHONPATH=. $(BIN)/python benchmarks/bench_controlplane.py $(ARGS)
 
 bench-dataplane: $(STAMP) ## CPU per request and event beside PEERS=nginx,vllm-router,sglang-router (installs them)
 	@$(BIN)/python benchmarks/bench_dataplane.py --peers "$(PEERS)" $(ARGS)

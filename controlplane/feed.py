@@ -61,10 +61,16 @@ class SnapshotFeed:
         changed.set()
 
     async def read(self, epoch: int, version: int, *, keepalive_s: float = KEEPALIVE_S) -> AsyncGenerator[bytes, None]:
-        """Encoded WatchResponse messages for a reader at (epoch, version); (0, 0) is a reader that has nothing."""
-        at = version if self._current is not None and epoch == self._current.epoch else -1
+        """Encoded WatchResponse messages for a reader at (epoch, version); (0, 0) is a reader that has nothing.
+
+        The first comes at once when there is a snapshot, so that a reader that comes back knows it is up to date.
+        """
+        current = self._current
+        at = version if current is not None and epoch == current.epoch else -1
         self.readers += 1
         try:
+            if current is not None and at == current.version:
+                yield _KEEPALIVE
             while True:
                 changed = self._changed
                 current = self._current
@@ -85,9 +91,7 @@ class SnapshotFeed:
         if base is None:
             self.snapshots_sent += 1
             if self._full is None:
-                self._full = self._encode(
-                    lambda: fleet_pb2.WatchResponse(snapshot=wire.snapshot_to_proto(current))
-                )
+                self._full = self._encode(lambda: fleet_pb2.WatchResponse(snapshot=wire.snapshot_to_proto(current)))
                 self.snapshot_bytes = len(self._full)
             return self._full
         self.deltas_sent += 1

@@ -82,7 +82,8 @@ class _Connection(asyncio.Protocol):
             self._idle = None
         self._chunks, self._size, self._limit, self._head_bytes = [], 0, limit, 0
         self._in_body = self._until_end = False
-        self._waiter = waiter = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiter = waiter
         self._transport.write(request)
         try:
             return await waiter

@@ -19,13 +19,21 @@ from twofold.runtime.monitor import WindowMax
 
 log = logging.getLogger(__name__)
 
-FAST_S = 0.5
-NORMAL_S = 1.0
-SLOW_S = 5.0
-GONE_S = 5.0
 JITTER = 0.2
 FACTS_EVERY_S = 60.0
 MAX_CONCURRENT = 512
+
+
+class Intervals(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds between two probes of a worker."""
+
+    unsure: float = 0.5
+    """Starting, suspect, or the last probe failed."""
+    unreported: float = 1.0
+    """Healthy, but no router says so; or reconfiguring, or not moving while it has work."""
+    reported: float = 5.0
+    """Healthy, and routers report what they see of it."""
+    gone: float = 5.0
 
 
 class Plan(msgspec.Struct, kw_only=True):
@@ -44,6 +52,9 @@ class Plan(msgspec.Struct, kw_only=True):
     engine_started: int = 0
 
 
+_INTERVALS = Intervals()
+
+
 class Prober:
     """Probes every worker given by ``set_workers`` and hands each result to ``report``.
 
@@ -60,7 +71,9 @@ class Prober:
         routers_report: Callable[[], bool],
         *,
         observe: Callable[[ProbeOutcome, float], None] | None = None,
+        intervals: Intervals = _INTERVALS,
     ) -> None:
+        self._intervals = intervals
         self._client = client
         self._report = report
         self._record = record
@@ -203,15 +216,16 @@ class Prober:
         )
 
     def _interval_s(self, worker_id: str) -> float:
+        intervals = self._intervals
         record = self._record(worker_id)
         if record is None or record.health in (Health.STARTING, Health.SUSPECT) or record.failed_probes:
-            return FAST_S
+            return intervals.unsure
         if record.health is Health.GONE:
-            return GONE_S
+            return intervals.gone
         stands_still = any(rank.moved_s < (record.last_ok_s or 0) for rank in record.ranks)
         if record.health is Health.RECONFIGURING or stands_still:
-            return NORMAL_S
-        return SLOW_S if self._routers_report() else NORMAL_S
+            return intervals.unreported
+        return intervals.reported if self._routers_report() else intervals.unreported
 
 
 def _started(finding: Finding) -> int:
