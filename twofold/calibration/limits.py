@@ -11,8 +11,10 @@ DEFAULT_BATCHED_TOKENS = 2048
 DEFAULT_SEQS = 256
 DEFAULT_BLOCK_TOKENS = 16
 """vLLM's defaults for its API server on most GPUs."""
-FLOOD_PROMPTS = 8
-FLOOD_PROMPT_TOKENS = 4096
+FLOOD_PROMPTS = 40
+FLOOD_PROMPT_TOKENS = 500
+"""vLLM counts a prompt, with its first token, in the step that ends it, however many steps it took. A little less than
+512 tokens, and 40 prompts: of no power of two as budget does a step end more than fit into it."""
 FLOOD_REQUESTS = 288
 """More than vLLM lets run by default on most devices (256), and few enough for a second of work."""
 FLOOD_OUTPUT_TOKENS = 48
@@ -50,16 +52,16 @@ async def observe(engine: Engine, facts: EngineFacts, unknown: frozenset[str]) -
     """What flooding an idle engine shows of the fields in ``unknown``. Raises EngineError.
 
     The token budget of a step is the upper bound of the fullest step's bucket in ``vllm:iteration_tokens_total``: exact
-    for powers of two. The most sequences are those that ran while others waited although there was KV memory left.
+    for powers of two from 512 to 16,384. The most sequences are those that ran while others waited although there was KV memory left.
     """
     seen: dict[str, int] = {}
     if not facts.has_metrics:
         return seen
-    if "max_num_batched_tokens" in unknown:
-        length = max(1, min(FLOOD_PROMPT_TOKENS, (facts.max_model_len_tokens or FLOOD_PROMPT_TOKENS) - 16))
+    fits = not facts.max_model_len_tokens or facts.max_model_len_tokens > FLOOD_PROMPT_TOKENS
+    if "max_num_batched_tokens" in unknown and fits:
         before = await engine.gauges()
-        await _flood(engine, FLOOD_PROMPTS, length, 1)
-        budget = fullest_step(before, await engine.gauges(), offered=FLOOD_PROMPTS * length)
+        await _flood(engine, FLOOD_PROMPTS, FLOOD_PROMPT_TOKENS, 1)
+        budget = fullest_step(before, await engine.gauges(), offered=FLOOD_PROMPTS * FLOOD_PROMPT_TOKENS)
         if budget:
             seen["max_num_batched_tokens"] = budget
     if "max_num_seqs" in unknown:
@@ -87,7 +89,7 @@ def fullest_step(before: Gauges, after: Gauges, *, offered: int) -> int:
         if steps > below:
             bound = upper
         below = max(below, steps)
-    return int(bound) if 0 < bound < min(offered, float("inf")) else 0
+    return int(bound) if 0 < bound < offered else 0
 
 
 async def _flood(engine: Engine, requests: int, prompt_tokens: int, output_tokens: int) -> None:

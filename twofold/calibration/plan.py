@@ -68,7 +68,9 @@ def make_plan(facts: EngineFacts, *, quick: bool) -> Plan:
         DecodePoint(sequences=batch, context_tokens=context)
         for context in contexts
         for batch in batches
-        if batch <= most and batch * (context + OUTPUT_TOKENS) <= most_context and (context == contexts[0] or batch <= 32)
+        if batch <= most
+        and batch * (context + OUTPUT_TOKENS) <= most_context
+        and (context == contexts[0] or batch <= 32)
     ]
     mixed = [
         MixedPoint(sequences=batch, tokens=length)

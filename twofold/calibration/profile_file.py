@@ -71,12 +71,10 @@ def source_text(facts: EngineFacts, fit: Fit, when: str) -> str:
 
 
 def mapping(profile: EngineProfile) -> dict[str, Any]:
-    """The profile as an entry of a fleet file's ``profiles``; fields at their default are left out."""
-    fields: dict[str, Any] = {}
-    for field in msgspec.structs.fields(EngineProfile):
-        value = getattr(profile, field.name)
-        if field.required or value != field.default:
-            fields[field.name] = msgspec.to_builtins(value)
+    """The profile as an entry of a fleet file's ``profiles``; without a price where there is none."""
+    fields = dict(msgspec.to_builtins(profile))
+    if profile.usd_per_hour is None:
+        del fields["usd_per_hour"]
     return fields
 
 

@@ -105,7 +105,8 @@ def _from_mapping(item: Mapping[str, Any], earlier: Mapping[str, EngineProfile])
         unknown += [f"law.{key}" for key in law if key not in laws]
     if unknown:
         raise ProfileError(f"profile {given.get('name', '')!r}: unknown field {unknown[0]!r}")
-    return msgspec.convert({**fields, **given}, EngineProfile)
+    # YAML 1.1 takes a number like 1e-5, without a point, for a text; JSON writers write it so.
+    return msgspec.convert({**fields, **given}, EngineProfile, strict=False)
 
 
 def _check(profile: EngineProfile) -> None:

@@ -1,0 +1,173 @@
+"""Measuring an emulated engine gives its own law back: plan, measurement and fit together, in virtual time."""
+
+import asyncio
+
+import msgspec
+import pytest
+
+from twofold import profiles
+from twofold.calibration import limits, plan
+from twofold.calibration.fit import CONSTANTS, FRONT_END, fit
+from twofold.calibration.measure import Busy, Measurer, Progress, decode_sample, mixed_samples, trimmed_mean
+from twofold.calibration.report import constants
+from twofold.calibration.values import Gauges, Timing
+from twofold.model.profile import EngineProfile
+
+from .virtual import VirtualEngine, run
+
+TINY = msgspec.structs.replace(
+    profiles.get("cpu-tiny"),
+    law=msgspec.structs.replace(profiles.get("cpu-tiny").law, prefill_per_seq_s=1.1e-3),
+    request_overhead_s=2.5e-3,
+    request_overhead_per_token_s=1.5e-6,
+)
+GPU = msgspec.structs.replace(
+    profiles.get("l4-8b-tp1"), request_overhead_s=4e-3, request_overhead_per_token_s=1e-6, max_model_len_tokens=8192
+)
+
+
+async def measure(profile: EngineProfile, *, quick: bool):
+    engine = VirtualEngine(profile)
+    loop = asyncio.get_running_loop()
+    facts = msgspec.structs.replace(
+        await engine.facts(),
+        model="tiny",
+        max_model_len_tokens=profile.max_model_len_tokens,
+        max_num_batched_tokens=profile.max_num_batched_tokens,
+        max_num_seqs=profile.max_num_seqs,
+    )
+    points = plan.make_plan(facts, quick=quick)
+    measurer = Measurer(engine, facts, clock=loop.time, deadline_s=loop.time() + 3600)
+    seen: list[Progress] = []
+    measurements = await measurer.run(points, seen.append)
+    return measurer, points, seen, facts, measurements
+
+
+@pytest.mark.parametrize("profile", [TINY, GPU], ids=lambda profile: profile.name)
+@pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
+def test_the_law_of_an_emulated_engine_comes_back(profile: EngineProfile, quick: bool) -> None:
+    measurer, points, seen, facts, measurements = run(measure(profile, quick=quick))
+    found = fit(measurements, max_num_batched_tokens=profile.max_num_batched_tokens)
+    wanted = {name: getattr(profile if name in FRONT_END else profile.law, name) for name in CONSTANTS}
+    assert {k: v for k, v in constants(found).items() if wanted[k]} == pytest.approx(
+        {k: v for k, v in wanted.items() if v}, rel=0.03
+    )
+    assert found.worst("ttft", "itl", "mixed") < 0.02
+    assert (facts.kv_capacity_tokens, facts.block_size_tokens) == (
+        profile.kv_capacity_tokens // profile.block_size_tokens * profile.block_size_tokens,
+        profile.block_size_tokens,
+    )
+    assert measurer.rounds == points.rounds
+    assert (measurer.merged_answers, measurer.cold_hits, measurer.foreign_requests) == (0, 0, 0)
+    assert (seen[0].done, seen[-1].done) == (0, seen[-1].total)
+
+
+def test_rounds_stop_before_the_deadline() -> None:
+    async def short() -> tuple[Measurer, plan.Plan, float]:
+        engine = VirtualEngine(TINY)
+        loop = asyncio.get_running_loop()
+        facts = msgspec.structs.replace(await engine.facts(), model="tiny", max_model_len_tokens=2048)
+        points = plan.make_plan(facts, quick=False)
+        begun_s = loop.time()
+        measurer = Measurer(engine, facts, clock=loop.time, deadline_s=begun_s + 20)
+        await measurer.run(points)
+        return measurer, points, loop.time() - begun_s
+
+    measurer, points, seconds = run(short())
+    assert 1 <= measurer.rounds < points.rounds
+    assert seconds < 20
+
+
+class Occupied(VirtualEngine):
+    """Serves somebody else's requests too."""
+
+    running = 0
+    foreign = 0
+
+    async def gauges(self) -> Gauges:
+        gauges = await super().gauges()
+        self.foreign += self.foreign_each
+        return msgspec.structs.replace(
+            gauges, running=gauges.running + self.running, finished=gauges.finished + self.foreign
+        )
+
+    foreign_each = 0
+
+
+async def occupied(*, running: int = 0, foreign_each: int = 0, force: bool = False) -> Measurer:
+    engine = Occupied(TINY)
+    engine.running, engine.foreign_each = running, foreign_each
+    loop = asyncio.get_running_loop()
+    facts = msgspec.structs.replace(await engine.facts(), model="tiny", max_model_len_tokens=2048)
+    measurer = Measurer(engine, facts, clock=loop.time, deadline_s=loop.time() + 1, force=force)
+    await measurer.run(plan.make_plan(facts, quick=True))
+    return measurer
+
+
+def test_an_engine_in_traffic_is_left_alone() -> None:
+    with pytest.raises(Busy, match="serves 3 requests"):
+        run(occupied(running=3))
+
+
+def test_traffic_that_comes_meanwhile_is_noticed() -> None:
+    with pytest.raises(Busy, match="requests of others meanwhile"):
+        run(occupied(foreign_each=1))
+
+
+def test_force_measures_all_the_same_and_counts_the_others() -> None:
+    measurer = run(occupied(running=3, foreign_each=1, force=True))
+    assert measurer.rounds == 1
+    assert measurer.foreign_requests > 0
+
+
+def timing(*events_s: float, sent_s: float = 0.0, tokens: int = 0) -> Timing:
+    return Timing(sent_s=sent_s, events_s=events_s, tokens=tokens or len(events_s), cached_tokens=0)
+
+
+def test_a_decode_step_counts_only_while_all_streams_run() -> None:
+    early = timing(1.0, 1.5, 2.0, *(2.0 + 0.1 * i for i in range(1, 11)), 9.0)
+    late = timing(*(2.0 + 0.1 * i for i in range(11)))
+    sample = decode_sample([early, late], plan.DecodePoint(sequences=2, context_tokens=100))
+    assert sample is not None
+    assert sample.step_s == pytest.approx(0.1)
+    assert sample.sequences == 2
+    assert 100 < sample.context_tokens < 112
+
+
+def test_streams_that_hardly_overlap_give_no_decode_step() -> None:
+    point = plan.DecodePoint(sequences=2, context_tokens=100)
+    assert decode_sample([timing(1.0, 2.0, 3.0, 4.0, 5.0), timing(4.0, 5.0, 6.0, 7.0)], point) is None
+
+
+def test_events_of_several_tokens_are_divided() -> None:
+    sample = decode_sample(
+        [timing(*(0.2 * i for i in range(1, 12)), tokens=22)], plan.DecodePoint(sequences=1, context_tokens=1)
+    )
+    assert sample is not None
+    assert sample.step_s == pytest.approx(0.1)
+
+
+def test_a_mixed_step_is_the_widest_gap_around_a_prompt() -> None:
+    streams = [timing(1.0, 1.1, 1.2, 1.7, 1.8), timing(1.01, 1.11, 1.21, 1.71, 1.81), timing(1.0, 1.1, 1.2, 1.9)]
+    prompt = timing(1.7, sent_s=1.15)
+    (sample,) = mixed_samples(streams, [prompt], plan.MixedPoint(sequences=3, tokens=50))
+    assert sample.step_s == pytest.approx(0.5), "the middle one: a hiccup of one connection is not the step"
+    assert sample.new_tokens == 50
+    gone = timing(0.5, 0.6)
+    assert mixed_samples([*streams, gone], [prompt], plan.MixedPoint(sequences=4, tokens=50)) == []
+
+
+def test_the_mean_without_its_ends() -> None:
+    assert trimmed_mean([100.0, *([1.0] * 8), 0.0], 0.1) == 1.0
+    assert trimmed_mean([2.0], 0.1) == 2.0
+
+
+@pytest.mark.parametrize("budget", [512, 1024, 2048, 4096, 8192, 16_384])
+@pytest.mark.parametrize("seqs", [64, 128, 256])
+def test_a_flood_shows_the_limits(budget: int, seqs: int) -> None:
+    async def flooded() -> dict[str, int]:
+        engine = VirtualEngine(msgspec.structs.replace(TINY, max_num_batched_tokens=budget, max_num_seqs=seqs))
+        unknown = frozenset(("max_num_batched_tokens", "max_num_seqs"))
+        return await limits.observe(engine, await engine.facts(), unknown)
+
+    assert run(flooded()) == {"max_num_batched_tokens": budget, "max_num_seqs": seqs}
