@@ -10,7 +10,6 @@ from twofold.cli.defaults import default_fleet
 
 PORTS = 64
 FIRST_PORT, LAST_PORT = 20_000, 30_000
-MODEL = "llama-3.1-8b"
 DEMO_PROFILES = ("l40s-8b-tp1", "l4-8b-tp2")
 
 
@@ -31,18 +30,21 @@ def demo_fleet(engine: str, vllm_python: str = "", vllm_model: str = "") -> Flee
 
 
 def mooncake_fleet() -> FleetFile:
-    """Two replicas of two relays each before sixteen emulated engines, fast enough for the trace under any policy."""
+    """Two replicas of two relays each before sixteen emulated engines.
+
+    Their prefill is fast enough for the trace under any policy, and their steps are long enough for a small host.
+    """
     mapping = {
         "name": "mooncake",
         "routers": {"replicas": 2, "relays": 2},
         "pools": [
             {
-                "name": "llama-8b",
-                "models": [MODEL],
+                "name": "llama-70b",
+                "models": ["llama-3.1-70b"],
                 "slo": {"ttft_s": 5.0, "tpot_s": 0.1, "percentile": 0.9},
                 "workers": [
                     {
-                        "profile": "h100-8b-tp2",
+                        "profile": "h100-70b-tp8",
                         "engine": "emulated",
                         "replicas": 16,
                         "engines_per_process": 1,
