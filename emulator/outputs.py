@@ -91,8 +91,10 @@ class RestrictedChain(TokenChain):
     def _fits(self, token: int) -> bool:
         if token in self._banned:
             return False
-        text = self._tail + token_bytes(token)
-        return not any(word in text for word in self._bad_words)
+        added = token_bytes(token)
+        return not any(
+            word in self._tail[max(0, len(self._tail) + 1 - len(word)) :] + added for word in self._bad_words
+        )
 
     def _last_bytes(self, text: bytes) -> bytes:
         return text[-self._tail_bytes :] if self._tail_bytes else b""
