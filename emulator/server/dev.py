@@ -127,6 +127,10 @@ class DevRoutes:
         if not isinstance(body, dict):
             raise ApiError("Request body must be a JSON object", type_="Bad Request")
         wanted = body.get("request_ids")
+        if wanted and not isinstance(wanted, list | dict | str):
+            message = f"Failed to abort requests: object of type '{type(wanted).__name__}' has no len()"
+            exchange.respond(500, dumps({"error": message}))
+            return
         aborted = self._app.abort_named(wanted) if wanted else self._app.abort_every()
         exchange.respond(200, dumps({"status": "aborted", "aborted": len(wanted) if wanted else aborted}))
 

@@ -134,7 +134,7 @@ class PortMetrics:
         self.http = HttpFigures(clock)
         self.sleep_operations = SleepOperations(clock)
         self.rejections = dict.fromkeys(names.ADMISSION_REASONS, 0)
-        self.tool_parser = dict.fromkeys(names.TOOL_PARSER_SERIES, 0) if tool_parser else None
+        self._tool_parser_shown = tool_parser
         self._served = served
         self._max_loras = max_loras
         self._created_s = time.time()
@@ -143,12 +143,6 @@ class PortMetrics:
     def count_rejection(self, reason: str) -> None:
         """A queue limit refused a request."""
         self.rejections[reason] += 1
-
-    def count_tool_parser(self, *, streaming: bool, found: bool, request_type: str = "chat_completions") -> None:
-        """The tool parser looked at an answer, or in a stream at one event of it."""
-        if self.tool_parser is not None:
-            mode = "streaming" if streaming else "non_streaming"
-            self.tool_parser[mode, "tool_call" if found else "no_tool_call", request_type] += 1
 
     def render(self) -> bytes:
         """The Prometheus text, in vLLM's order."""
@@ -320,14 +314,11 @@ class PortMetrics:
         page.gauge("vllm:lora_requests_info", names.HELP["lora_requests_info"], samples)
 
     def _tool_parser(self, page: Page) -> None:
-        if self.tool_parser is None:
+        if not self._tool_parser_shown:
             return
-        samples = [
-            (
-                (("mode", mode), ("model_name", self._served), ("outcome", outcome), ("request_type", kind)),
-                float(count),
-            )
-            for (mode, outcome, kind), count in self.tool_parser.items()
+        samples: list[tuple[Labels, float]] = [
+            ((("mode", mode), ("model_name", self._served), ("outcome", outcome), ("request_type", kind)), 0.0)
+            for mode, outcome, kind in names.TOOL_PARSER_SERIES
         ]
         page.counter(
             "vllm:tool_call_parser_invocations",

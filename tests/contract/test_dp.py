@@ -233,6 +233,15 @@ def test_limits_of_the_size(start: Start) -> None:
     assert [scale(roomy, size).status for size in (2, 1, 4)] == [200, 400, 200]
 
 
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"3", b"null", b"\xff", b'{"new_data_parallel_size": {}}'])
+def test_garbage_changes_no_size(start: Start, raw: bytes) -> None:
+    emulator = start(*ELASTIC)
+    answer = exchange(emulator.url, "POST", "/scale_elastic_ep", raw=raw)
+    assert answer.status in (400, 500)
+    assert b"Traceback" not in answer.body
+    assert exchange(emulator.url, "GET", "/health").status == 200
+
+
 def test_draining_waits_and_gives_up_in_time(start: Start) -> None:
     emulator = start(
         *ELASTIC, "--elastic-ep-commit-s", "0.1", "--elastic-ep-drain-requests", "--data-parallel-size", "2"

@@ -10,15 +10,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
 from emulator.model import Adapter, EngineModel, FinishReason, Pause, Request, SchedulingPolicy
+from emulator.server.app import EngineApp
 from emulator.server.engine import PauseMode, RealTimeEngine
 from emulator.server.errors import ApiError
 from emulator.server.exposition import Histogram, Page, number, shown
 from emulator.server.group import EngineGroup, Lane
 from emulator.server.metrics import EngineMetrics
 from emulator.server.page import PortMetrics
+from emulator.server.settings import EngineSettings
 from twofold import profiles
 
-from .test_server import Recorder, VirtualTime
+from .test_server import Recorder, VirtualTime, call
 
 PROFILE = profiles.get("cpu-tiny")
 LEFT = Adapter(adapter_id=1, name="left", path="/left")
@@ -254,6 +256,33 @@ def test_counters_begin_anew_and_gauges_stay() -> None:
     assert metrics.load.running == 1
     page = PortMetrics("tiny", [metrics], time.clock).render().decode()
     assert 'vllm:num_requests_running{engine="0",model_name="tiny"} 1.0' in page
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+OPERATIONS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/abort_requests", "/reset_prefix_cache", "/wake_up")
+FIELDS = st.sampled_from(("lora_name", "lora_path", "load_inplace", "lora_int_id", "request_ids"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(OPERATIONS),
+    st.dictionaries(FIELDS, ANYTHING, max_size=4) | ANYTHING,
+    st.text(st.characters(codec="ascii", exclude_characters="#"), max_size=12),
+)
+def test_operations_answer_any_body_and_query(path: str, body: Any, query: str) -> None:
+    time = VirtualTime()
+    (engine,) = engines(1, time)
+    port = PortMetrics("tiny", [engine.metrics], time.clock)
+    app_settings = EngineSettings(model="tiny", max_model_len=2048, dev_mode=True, enable_lora=True)
+    app = EngineApp(EngineGroup([engine]), app_settings, port)
+    connection, exchange = call(app, f"{path}?tags={query}&reset_running_requests={query}", body)
+    assert exchange.finished
+    status = int(connection.sent.split(b" ", 2)[1])
+    assert status in (200, 400, 404) or b"Failed to abort requests" in connection.sent, connection.sent
 
 
 @pytest.mark.parametrize(
