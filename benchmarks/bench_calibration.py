@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import random
 import subprocess
@@ -80,7 +81,7 @@ def arrivals(mix: Mix, rate: float, seconds: float, seed: int) -> list[Arrival]:
 
     def length(bounds: tuple[int, int]) -> int:
         low, high = bounds
-        return round(low * (high / low) ** rng.random())
+        return round(low * math.exp(rng.random() * math.log(high / low)))
 
     def words(count: int) -> list[int]:
         return rng.choices(TOKEN_IDS, k=count)
