@@ -16,7 +16,7 @@ from controlplane.config import FleetFileWatch
 from controlplane.convert import changed_policy
 from controlplane.core import Core
 from controlplane.discovery.fleet_file import FleetFile, group_profile
-from controlplane.discovery.leases import Lease, LeaseError, Leases
+from controlplane.discovery.leases import Leases
 from controlplane.fleet.events import (
     ConfigChanged,
     ControlChanged,
@@ -31,12 +31,12 @@ from controlplane.plan import Desired, Key, PlanError, launch_groups, settle, su
 from controlplane.probes.client import ProbeClient
 from controlplane.probes.prober import Prober
 from controlplane.providers.local import LocalProvider
+from controlplane.registration import Registration
 from controlplane.routers.hub import RouterHub, Session
 from controlplane.rpc.errors import CallError, not_found
 from controlplane.store import Persisted, Store, StoredControl, StoredPolicy
 from twofold.model.fleet import Health, RoutingPolicy, Target
 from twofold.model.profile import EngineProfile
-from twofold.profiles import ProfileError, get
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,14 @@ class ControlPlane:
         self.core = Core(epoch, rules)
         self.hub = RouterHub(lambda: epoch, self._router_failures, self._router_gone)
         self.leases = Leases()
+        self.registration = Registration(
+            self.leases,
+            self.core,
+            next_version=lambda: next(self._versions),
+            user_profiles=lambda: self._file.user_profiles(),
+            profile_added=lambda: self._push_config(self._file.model_profiles(), time.monotonic()),
+            changed=lambda: self._dirty.set(),
+        )
         self.watch = FleetFileWatch(path, self._apply_file)
         self.provider = LocalProvider(run_dir, self._declare_local, ready=self._ready, inflight=self._inflight_worker)
         self.probe_counts: dict[ProbeOutcome, int] = dict.fromkeys(ProbeOutcome, 0)
@@ -68,10 +76,10 @@ class ControlPlane:
         self._file = file
         self._desired: dict[Key, Desired] = {item.key: item for item in self._persisted.desired}
         self._stored_policy = self._persisted.policy
-        self._lease_profiles: dict[str, EngineProfile] = {}
         self._controls = {item.worker_id: item for item in self._persisted.controls}
         self._drained: dict[str, tuple[int, float]] = {}
         self._ordinals: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         self._dirty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.store_faults = 0
@@ -98,16 +106,13 @@ class ControlPlane:
         now_s = time.monotonic()
         for control in self._controls.values():
             self._push_control(control, now_s)
-        self.leases.restore(self._persisted.leases, now_s)
-        for lease in self._persisted.leases:
-            self._know_profile(lease.profile)
-        self._push_leases()
+        self.registration.restore(self._persisted.leases, now_s)
         await self.provider.start()
         self.watch.start(self._first_file)
         self._prober.start()
         self.core.start()
         self._tasks = [
-            asyncio.create_task(self._expire_leases(), name="leases"),
+            asyncio.create_task(self.registration.run(), name="leases"),
             asyncio.create_task(self._save_loop(), name="store"),
         ]
 
@@ -148,7 +153,7 @@ class ControlPlane:
         self._dirty.set()
 
     def _push_config(self, profiles: dict[str, EngineProfile], now_s: float) -> None:
-        known = {**self._lease_profiles, **profiles}
+        known = {**self.registration.profiles, **profiles}
         self.core.push(
             ConfigChanged(
                 at_s=now_s,
@@ -165,68 +170,10 @@ class ControlPlane:
         version = next(self._versions)
         self.core.push(SourceChanged(at_s=time.monotonic(), source=Source.PROVIDER, version=version, workers=workers))
 
-    def _push_leases(self) -> None:
-        if self.leases.changed:
-            self.leases.changed = False
-            version = next(self._versions)
-            workers = self.leases.workers()
-            self.core.push(SourceChanged(at_s=time.monotonic(), source=Source.LEASE, version=version, workers=workers))
-            self._dirty.set()
-
-    def register(self, spec: WorkerSpec, ttl_s: float) -> Lease:
-        """Begin or renew a worker's lease. Raises CallError for an unknown pool or profile, or one id too many."""
-        if not self.core.state.config_version:
-            raise CallError(grpc.StatusCode.UNAVAILABLE, "the control plane is starting")
-        if spec.pool not in self.core.state.declared_pools:
-            raise not_found("pool", f"there is no pool {spec.pool!r}")
-        record = self.core.state.workers.get(spec.worker_id)
-        if record is not None and record.source is not Source.LEASE:
-            message = f"worker {spec.worker_id!r} is already declared by the {record.source.value}"
-            raise CallError(grpc.StatusCode.ALREADY_EXISTS, message, field="worker_id")
-        if self._know_profile(spec.profile) is None:
-            raise CallError(
-                grpc.StatusCode.INVALID_ARGUMENT, f"profile: unknown engine profile {spec.profile!r}", field="profile"
-            )
-        try:
-            lease = self.leases.register(spec, ttl_s, time.monotonic())
-        except LeaseError as error:
-            raise CallError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from None
-        self._push_leases()
-        return lease
-
-    def deregister(self, worker_id: str, lease_id: str) -> None:
-        """End a lease. Raises CallError when it is not known."""
-        try:
-            self.leases.deregister(worker_id, lease_id)
-        except LeaseError as error:
-            raise not_found("lease_id", str(error)) from None
-        self._push_leases()
-
-    def _know_profile(self, name: str) -> EngineProfile | None:
-        """The profile that a lease names, made part of the configuration when it is not yet."""
-        known = self.core.state.profiles.get(name) or self._lease_profiles.get(name)
-        if known is not None:
-            return known
-        try:
-            profile = get(name, self._file.user_profiles())
-        except ProfileError:
-            return None
-        self._lease_profiles[name] = profile
-        if self.core.state.config_version:
-            self._push_config(self._file.model_profiles(), time.monotonic())
-        return profile
-
-    async def _expire_leases(self) -> None:
-        while True:
-            for worker_id in self.leases.expire(time.monotonic()):
-                log.warning("lease ended without renewal", extra={"worker_id": worker_id})
-            self._push_leases()
-            await asyncio.sleep(0.5)
-
     # What routers and probes see ----------------------------------------------------------------------------------
 
     def _router_failures(self, session: Session, failures: list[tuple[int, int]]) -> None:
-        names = {ordinal: target_id for target_id, ordinal in self.core.state.ordinals.held.items()}
+        names = self._names
         named = tuple((names[ordinal], count) for ordinal, count in failures if ordinal in names)
         if named:
             session.failures_sequence += 1
@@ -266,6 +213,7 @@ class ControlPlane:
             held = dict(state.ordinals.held)
             if held != self._ordinals:
                 self._ordinals = held
+                self._names = {ordinal: target_id for target_id, ordinal in held.items()}
                 self.hub.keep_only(set(held.values()))
 
     def _inflight_target(self, target_id: str) -> tuple[int, int]:

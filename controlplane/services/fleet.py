@@ -31,10 +31,10 @@ class FleetService:
         """Begin or renew a lease."""
         spec = spec_from_register(request)
         ttl_s = checked_number("lease_ttl_s", request.lease_ttl_s, MIN_TTL_S, MAX_TTL_S)
-        lease = self._control_plane.register(spec, ttl_s)
+        lease = self._control_plane.registration.register(spec, ttl_s)
         return fleet_pb2.RegisterResponse(lease_id=lease.lease_id, renew_within_s=ttl_s * RENEW_SHARE)
 
     async def Deregister(self, request: fleet_pb2.DeregisterRequest, context: Any) -> fleet_pb2.DeregisterResponse:
         """End a lease."""
-        self._control_plane.deregister(request.worker_id, request.lease_id)
+        self._control_plane.registration.deregister(request.worker_id, request.lease_id)
         return fleet_pb2.DeregisterResponse()
