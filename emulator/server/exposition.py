@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 Labels = tuple[tuple[str, str], ...]
 Sample = tuple[Labels, float]
@@ -73,14 +74,16 @@ class Page:
     ) -> None:
         """A family of histograms."""
         self._head(name, text, "histogram")
+        lines = self._lines
         for labels, histogram in samples:
-            total = 0
-            for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
-                total += count
-                self._lines.append(f"{name}_bucket{shown((*labels, ('le', number(bound))))} {number(total)}")
+            total, text_of_total = 0, "0.0"
+            for head, count in zip(_buckets(name, labels, histogram.bounds), histogram.counts, strict=True):
+                if count:
+                    total += count
+                    text_of_total = number(total)
+                lines.append(head + text_of_total)
             suffix = shown(labels)
-            self._lines += [f"{name}_count{suffix} {number(histogram.count)}"]
-            self._lines += [f"{name}_sum{suffix} {number(histogram.sum)}"]
+            lines += [f"{name}_count{suffix} {text_of_total}", f"{name}_sum{suffix} {number(histogram.sum)}"]
         self.created(name, text, [labels for labels, _ in samples], created_s)
 
     def created(self, name: str, text: str, labels: Sequence[Labels], created_s: Sequence[float]) -> None:
@@ -103,6 +106,14 @@ def number(value: float) -> str:
     return text
 
 
+@lru_cache(maxsize=4096)
+def _buckets(name: str, labels: Labels, bounds: tuple[float, ...]) -> tuple[str, ...]:
+    """The lines of a histogram's buckets without their counts."""
+    every = (*bounds, float("inf"))
+    return tuple(f"{name}_bucket{shown((*labels, ('le', number(bound))))} " for bound in every)
+
+
+@lru_cache(maxsize=16384)
 def shown(labels: Labels) -> str:
     """Labels in braces, sorted by name; nothing for none."""
     if not labels:
