@@ -16,7 +16,7 @@ Header = tuple[bytes, bytes]
 _JSON: Header = (b"content-type", b"application/json")
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class Request(msgspec.Struct, frozen=True):
     """A complete request. ``arrival_s`` is the monotonic time at which its head was read."""
 
     head: RequestHead

@@ -38,7 +38,9 @@ class RequestHead(msgspec.Struct, frozen=True, kw_only=True):
     chunked: bool
     keep_alive: bool
     worker_lines: bytes = b""
-    """The header lines that a worker gets, where they were made beforehand."""
+    """The header lines that a worker gets; made by RequestHeads."""
+    request_id: bytes = b""
+    """The id that the client gave, where it is short and harmless; found by RequestHeads."""
 
     @property
     def expects_continue(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from router.http.forward import lines_for_client, lines_for_worker
+from router.http.forward import client_request_id, lines_for_client, lines_for_worker
 from router.http.head import RequestHead, parse_head
 from router.http.response_head import ResponseHead, parse_response_head
 
@@ -57,7 +57,9 @@ class RequestHeads:
         head = self._known.get(key)
         if head is None:
             head = parse_head(data, self._max_headers)
-            head = msgspec.structs.replace(head, worker_lines=lines_for_worker(head))
+            head = msgspec.structs.replace(
+                head, worker_lines=lines_for_worker(head), request_id=client_request_id(head) or b""
+            )
             _remember(self._known, key, head)
         elif head.content_length != length and length is not None:
             return msgspec.structs.replace(head, content_length=length)

@@ -324,7 +324,7 @@ class ClientConnection(asyncio.Protocol):
             body = buffer[body_start : body_start + length]
             self._buffer = buffer[body_start + length :] if have > length else b""
             self._take(length)
-            self._dispatch(Request(head=head, body=body, arrival_s=now_s))
+            self._dispatch(Request(head, body, now_s))
             return
         self._buffer = buffer[body_start:]
         self._decoder = ChunkedDecoder() if head.chunked else None
@@ -360,7 +360,7 @@ class ClientConnection(asyncio.Protocol):
             self._pieces = []
             self._decoder = None
             assert self._head is not None
-            self._dispatch(Request(head=self._head, body=body, arrival_s=self._server.clock()))
+            self._dispatch(Request(self._head, body, self._server.clock()))
 
     def _dispatch(self, request: Request) -> None:
         self._state = self._BUSY

@@ -134,8 +134,7 @@ class Exchange:
             return False
         ticket = context.fleet.live.account(self._features, decision, context.clock())
         if self._attempts == 0:
-            self._metrics.add(self._metrics.prompt_tokens, decision.prompt_tokens)
-            self._metrics.add(self._metrics.cached_tokens, decision.cached_tokens)
+            self._metrics.dispatched(decision.prompt_tokens, decision.cached_tokens)
         self._attempts += 1
         body = self._body
         head = request_to_worker(
@@ -377,7 +376,5 @@ class Exchange:
         """Account for the request, once."""
         self._closed = True
         context = self._context
-        self._metrics.add(self._metrics.inflight, -1.0)
-        self._metrics.observe(self._metrics.duration, context.clock() - self._arrival_s)
-        context.metrics.request(self._features.pool, self._status)
+        self._metrics.answered(self._status, context.clock() - self._arrival_s)
         context.exchanges.discard(self)

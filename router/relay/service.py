@@ -8,7 +8,6 @@ import msgspec
 
 from router.http.errors import ErrorStyle
 from router.http.exchange import ClientExchange, Header, Reply, Request, reject_reply
-from router.http.forward import client_request_id
 from router.http.head import HttpError, RequestHead
 from router.http.server import ClientConnection
 from router.relay.context import RelayContext
@@ -37,7 +36,7 @@ class RelayService:
         self._context = context
         self._version = version
         self._sequence = sequence_offset
-        self._id_prefix = os.urandom(8).hex()
+        self._id_prefix = os.urandom(8).hex().encode()
         self._ids = 0
         self.draining = False
         self._local: dict[bytes, Callable[[RequestHead], Reply]] = {
@@ -53,6 +52,9 @@ class RelayService:
     def precheck(self, head: RequestHead) -> Reply | None:
         """See Handler."""
         path = head.path
+        context = self._context
+        if path in PATHS and head.method == b"POST" and len(context.exchanges) < context.settings.max_requests:
+            return None
         local = path in self._local or path.startswith(_MODELS + b"/")
         if not local and path not in PATHS:
             return self._reject(head, 404, RejectReason.NOT_FOUND, "no such path")
@@ -104,7 +106,7 @@ class RelayService:
             return None
         context = self._context
         started_s = context.clock()
-        request_id = self._request_id(head)
+        request_id = head.request_id or self._new_id()
         try:
             features, resolved, parsed = self._features(
                 endpoint, head.fields, request.body, request_id, request.arrival_s
@@ -185,12 +187,9 @@ class RelayService:
         )
         return features, resolved, parsed
 
-    def _request_id(self, head: RequestHead) -> bytes:
-        given = client_request_id(head)
-        if given is not None:
-            return given
+    def _new_id(self) -> bytes:
         self._ids += 1
-        return f"{self._id_prefix}{self._ids:08x}".encode()
+        return b"%b%08x" % (self._id_prefix, self._ids)
 
     def _reject(
         self,

@@ -31,7 +31,9 @@ class PoolMetrics:
     """Series of one pool, looked up once."""
 
     __slots__ = (
+        "_answers",
         "_cells",
+        "_codes",
         "_gap",
         "cached_tokens",
         "decisions",
@@ -44,6 +46,8 @@ class PoolMetrics:
 
     def __init__(self, metrics: "RelayMetrics", pool: str) -> None:
         self._cells = metrics.slab.cells
+        self._answers = lambda code: metrics.requests.cell(pool, str(code))
+        self._codes: dict[int, int] = {}
         self.ttft = metrics.ttft.series(pool)
         self._gap = metrics.inter_token.series(pool)
         self.duration = metrics.duration.series(pool)
@@ -62,6 +66,24 @@ class PoolMetrics:
         cells = self._cells
         cells[histogram.base + bisect_left(histogram.bounds, value_s)] += 1.0
         cells[histogram.sum_cell] += value_s
+
+    def dispatched(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A request was sent to the worker decided on first."""
+        cells = self._cells
+        cells[self.prompt_tokens] += prompt_tokens
+        cells[self.cached_tokens] += cached_tokens
+
+    def answered(self, code: int, duration_s: float) -> None:
+        """A request in progress is over, with HTTP status ``code``."""
+        cells = self._cells
+        cells[self.inflight] -= 1.0
+        duration = self.duration
+        cells[duration.base + bisect_left(duration.bounds, duration_s)] += 1.0
+        cells[duration.sum_cell] += duration_s
+        cell = self._codes.get(code)
+        if cell is None:
+            cell = self._codes[code] = self._answers(code)
+        cells[cell] += 1.0
 
     def output(self, events: int, gap_s: float) -> None:
         """``events`` arrived together, ``gap_s`` after those before them: each took an equal part of the gap."""
