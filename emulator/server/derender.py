@@ -317,8 +317,13 @@ def _chunk_usage(body: Body, chunk: dict[str, Any]) -> dict[str, Any] | None:
     usage = chunk.get("usage")
     if usage is None:
         return None
-    prompt = _first(body.get("prompt_tokens"), usage.get("prompt_tokens") or 0)
-    return _usage(prompt, usage.get("completion_tokens") or 0)
+    prompt = _first(body.get("prompt_tokens"), _count_of(usage, "prompt_tokens"))
+    return _usage(prompt, _count_of(usage, "completion_tokens"))
+
+
+def _count_of(usage: dict[str, Any], name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _usage(prompt_tokens: int, output_tokens: int) -> dict[str, Any]:

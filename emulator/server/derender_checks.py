@@ -44,17 +44,45 @@ def _whole_findings(body: Body, whole: str, place: str) -> list[Invalid]:
     if given is None:
         return [*findings, finding("missing", f"{place}.{whole}", body)]
     if whole == "generate_response":
-        return findings + _response_findings(given, f"{place}.{whole}")
+        findings += _response_findings(given, f"{place}.{whole}")
+        return findings + _prompt_findings(body, place) + _object_findings(body, "chat_request", place)
     if not isinstance(given, list):
         return [*findings, finding("list_type", f"{place}.{whole}", given)]
     for index, response in enumerate(given):
         findings += _response_findings(response, f"{place}.{whole}.{index}")
-    for name in ("prompt_tokens", "prompt_token_ids"):
-        count = body.get(name)
-        if not findings and isinstance(count, list) and len(count) != len(given):
-            message = f"{name} length ({len(count)}) must equal generate_responses length ({len(given)})"
-            findings.append(value_error(place, message, body))
+    return findings + _prompts_findings(body, len(given), place)
+
+
+def _prompt_findings(body: Body, place: str) -> list[Invalid]:
+    findings = _ids_findings(body.get("prompt_token_ids"), f"{place}.prompt_token_ids")
+    if body.get("prompt_tokens") is not None and type(body["prompt_tokens"]) is not int:
+        findings.append(finding("int_type", f"{place}.prompt_tokens", body["prompt_tokens"]))
     return findings
+
+
+def _prompts_findings(body: Body, count: int, place: str) -> list[Invalid]:
+    """The same of several prompts, of which there have to be as many as answers."""
+    findings = []
+    for name in ("prompt_tokens", "prompt_token_ids"):
+        several = body.get(name)
+        if several is None:
+            continue
+        if not isinstance(several, list):
+            findings.append(finding("list_type", f"{place}.{name}", several))
+        elif name == "prompt_tokens":
+            findings += _ids_findings(several, f"{place}.{name}")
+        else:
+            for index, ids in enumerate(several):
+                findings += _ids_findings(ids, f"{place}.{name}.{index}")
+        if not findings and len(several) != count:
+            message = f"{name} length ({len(several)}) must equal generate_responses length ({count})"
+            return [value_error(place, message, body)]
+    return findings
+
+
+def _object_findings(body: Body, name: str, place: str) -> list[Invalid]:
+    value = body.get(name)
+    return [] if value is None or isinstance(value, dict) else [finding("dict_type", f"{place}.{name}", value)]
 
 
 def _response_findings(response: Any, place: str) -> list[Invalid]:
@@ -128,12 +156,12 @@ def _chunk_findings(body: Body, place: str) -> list[Invalid]:
         findings.append(finding("missing", f"{place}.generate_chunk", body))
     else:
         findings += _response_findings(chunk, f"{place}.generate_chunk")
+        if isinstance(chunk, dict):
+            findings += _object_findings(chunk, "usage", f"{place}.generate_chunk")
     state = body.get("stream_state")
     if state is not None:
         findings += _state_findings(state, f"{place}.stream_state")
-    if body.get("prompt_tokens") is not None and type(body["prompt_tokens"]) is not int:
-        findings.append(finding("int_type", f"{place}.prompt_tokens", body["prompt_tokens"]))
-    return findings + _ids_findings(body.get("prompt_token_ids"), f"{place}.prompt_token_ids")
+    return findings + _prompt_findings(body, place) + _object_findings(body, "chat_request", place)
 
 
 def _state_findings(state: Any, place: str) -> list[Invalid]:

@@ -99,6 +99,8 @@ def _constraint(kind: str, value: Any) -> Constraint:
     if kind == "choice":
         if not value:
             raise ConstraintError(f"Choice '{value}' cannot be an empty list")
+        if not isinstance(value, list):
+            raise ConstraintError("structured_outputs.choice must be a list of strings")
         return Constraint(kind="choice", choices=tuple(str(item) for item in value))
     if not str(value).strip():
         raise ConstraintError(f"structured_outputs.{kind} cannot be an empty string")

@@ -259,6 +259,11 @@ def test_garbage_bodies_are_400(engine: Engine, raw: bytes) -> None:
         "/v1/responses",
         "/tokenize",
         "/detokenize",
+        "/inference/v1/generate",
+        "/v1/chat/completions/render",
+        "/v1/completions/render",
+        "/v1/chat/completions/derender",
+        "/v1/completions/derender",
     ):
         response = exchange(engine.url, "POST", path, raw=raw)
         assert response.status == 400, (path, response.body)
