@@ -5,8 +5,9 @@ row by its difference, so that a row costs the same whatever the number of peers
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from router.agent.load import SlotMap, Tick
+from router.agent.load import SlotMap
 from router.routing.accounts import AccountsReader, AccountsWriter, LoadRow
 from router.routing.buffers import RelayRegions
 from router.routing.dirty_log import DirtyLog
@@ -20,7 +21,19 @@ FULL_REPORT_S = 2.0
 SILENT_KEPT_S = 60.0
 """A silent replica's rows are kept for so long, not counted, in case it is only the line that was slow."""
 
-_NOTHING = LoadRow()
+Row = tuple[int, int, float, float, float, float, int]
+"""Figures of one target in the order of LoadTick: inflight, decodes, queued prefill tokens, queued prefill seconds, KV
+tokens, stored tokens, failures. Plain tuples: an agent takes in thousands of them a second."""
+_NOTHING: Row = (0, 0, 0.0, 0.0, 0.0, 0.0, 0)
+_STORED = 5
+_EMPTY = LoadRow()
+
+
+class News(NamedTuple):
+    """What another replica says: rows by ordinal, and sent prefixes by ordinal."""
+
+    rows: Sequence[tuple[int, Row]] = ()
+    prefixes: Sequence[tuple[int, Sequence[int]]] = ()
 
 
 class _Peer:
@@ -30,7 +43,7 @@ class _Peer:
 
     def __init__(self, now_s: float) -> None:
         self.epoch = 0
-        self.rows: dict[int, LoadRow] = {}
+        self.rows: dict[int, Row] = {}
         """By ordinal of ``epoch``."""
         self.stored: dict[int, float] = {}
         """Its own stored-tokens clock by slot, as far as it was counted."""
@@ -38,15 +51,15 @@ class _Peer:
         self.seen_s = now_s
         self.silent = False
 
-    def stored_gain(self, slot: int, row: LoadRow, now_s: float) -> float:
+    def stored_gain(self, slot: int, stored_tokens: float, now_s: float) -> float:
         """Tokens it put on the target since its last report of it."""
         before = self.stored.get(slot)
-        self.stored[slot] = row.stored_tokens
+        self.stored[slot] = stored_tokens
         if before is None:
             # What a replica stored before it was heard of is history; a slot it first uses later is news.
-            return row.stored_tokens if now_s - self.first_s > FULL_REPORT_S else 0.0
-        gain = row.stored_tokens - before
-        return gain if gain >= 0.0 else row.stored_tokens  # it started again and counts from zero
+            return stored_tokens if now_s - self.first_s > FULL_REPORT_S else 0.0
+        gain = stored_tokens - before
+        return gain if gain >= 0.0 else stored_tokens  # it started again and counts from zero
 
 
 class _Sum:
@@ -58,23 +71,33 @@ class _Sum:
         self.inflight = self.decodes = self.failures = 0
         self.queued_tokens = self.queued_s = self.kv_tokens = 0.0
 
-    def change(self, before: LoadRow, row: LoadRow) -> None:
+    def change(self, before: Row, row: Row) -> None:
         """One peer's row was ``before`` and is ``row``."""
-        self.inflight += row.inflight - before.inflight
-        self.decodes += row.decodes - before.decodes
-        self.failures += row.failures - before.failures
-        self.queued_tokens += row.queued_prefill_tokens - before.queued_prefill_tokens
-        self.queued_s += row.queued_prefill_s - before.queued_prefill_s
-        self.kv_tokens += row.kv_tokens - before.kv_tokens
+        inflight, decodes, queued_tokens, queued_s, kv_tokens, _, failures = row
+        if before is not _NOTHING:
+            inflight0, decodes0, queued_tokens0, queued_s0, kv_tokens0, _, failures0 = before
+            inflight -= inflight0
+            decodes -= decodes0
+            queued_tokens -= queued_tokens0
+            queued_s -= queued_s0
+            kv_tokens -= kv_tokens0
+            failures -= failures0
+        self.inflight += inflight
+        self.decodes += decodes
+        self.queued_tokens += queued_tokens
+        self.queued_s += queued_s
+        self.kv_tokens += kv_tokens
+        self.failures += failures
 
     def row(self, stored_tokens: float) -> LoadRow:
         """As a row. Rounding of figures that are no multiples of a quantum must not make an amount negative."""
+        queued_tokens, queued_s, kv_tokens = self.queued_tokens, self.queued_s, self.kv_tokens
         return LoadRow(
             inflight=self.inflight,
             decodes=self.decodes,
-            queued_prefill_tokens=max(0.0, self.queued_tokens),
-            queued_prefill_s=max(0.0, self.queued_s),
-            kv_tokens=max(0.0, self.kv_tokens),
+            queued_prefill_tokens=max(0.0, queued_tokens),
+            queued_prefill_s=max(0.0, queued_s),
+            kv_tokens=max(0.0, kv_tokens),
             stored_tokens=stored_tokens,
             failures=self.failures,
         )
@@ -113,14 +136,14 @@ class RemoteLoad:
         """Begin after an earlier agent: its peers' work is unknown until they report; what they stored stays."""
         for slot in range(self._remote.slots):
             row = self._remote.row(slot)
-            if row != _NOTHING:
+            if row != _EMPTY:
                 self._stored[slot] = row.stored_tokens
                 self._write(slot, now_s)
 
     def receive(
-        self, replica_id: str, epoch: int, tick: Tick, slots: SlotMap, now_s: float, *, full: bool = False
+        self, replica_id: str, epoch: int, news: News, slots: SlotMap, now_s: float, *, full: bool = False
     ) -> None:
-        """Take in a tick of another replica. ``full``: it has no rows but these.
+        """Take in what another replica says. ``full``: it has no rows but these.
 
         Rows of another epoch than that of ``slots``, and of ordinals that are not in it, wait for a map that has them.
         """
@@ -139,14 +162,14 @@ class RemoteLoad:
             self._drop_rows(peer, list(peer.rows), now_s)
             peer.epoch = epoch
         if full and peer.rows:
-            named = {ordinal for ordinal, _ in tick.rows}
+            named = {ordinal for ordinal, _ in news.rows}
             self._drop_rows(peer, [ordinal for ordinal in peer.rows if ordinal not in named], now_s)
-        self._take_rows(peer, tick.rows, now_s)
+        self._take_rows(peer, news.rows, now_s)
         if epoch == slots.epoch:
-            self._insert_prefixes(tick.prefixes, slots, now_s)
+            self._insert_prefixes(news.prefixes, slots, now_s)
 
-    def _take_rows(self, peer: _Peer, rows: Iterable[tuple[int, LoadRow]], now_s: float) -> None:
-        held = peer.rows
+    def _take_rows(self, peer: _Peer, rows: Iterable[tuple[int, Row]], now_s: float) -> None:
+        held, stored = peer.rows, self._stored
         slot_of = self._map.slot_of_ordinal if peer.epoch == self._map.epoch else {}
         for ordinal, row in rows:
             before = held.get(ordinal, _NOTHING)
@@ -155,7 +178,7 @@ class RemoteLoad:
             held[ordinal] = row
             slot = slot_of.get(ordinal)
             if slot is not None:
-                self._stored[slot] = self._stored.get(slot, 0.0) + peer.stored_gain(slot, row, now_s)
+                stored[slot] = stored.get(slot, 0.0) + peer.stored_gain(slot, row[_STORED], now_s)
                 self._change(slot, before, row, now_s)
 
     def _drop_rows(self, peer: _Peer, ordinals: Iterable[int], now_s: float) -> None:
@@ -169,7 +192,7 @@ class RemoteLoad:
     def _counts(self, peer: _Peer) -> bool:
         return not peer.silent and peer.epoch == self._map.epoch
 
-    def _change(self, slot: int, before: LoadRow, row: LoadRow, now_s: float) -> None:
+    def _change(self, slot: int, before: Row, row: Row, now_s: float) -> None:
         total = self._sums.get(slot)
         if total is None:
             total = self._sums[slot] = _Sum()
@@ -246,7 +269,7 @@ class RemoteLoad:
                 if slot is None:
                     continue
                 if slot not in peer.stored:
-                    self._stored[slot] = self._stored.get(slot, 0.0) + peer.stored_gain(slot, row, now_s)
+                    self._stored[slot] = self._stored.get(slot, 0.0) + peer.stored_gain(slot, row[_STORED], now_s)
                 if not peer.silent:
                     self._sums.setdefault(slot, _Sum()).change(_NOTHING, row)
         for slot in {*fresh, *before, *self._sums}:
@@ -254,7 +277,7 @@ class RemoteLoad:
                 self._write(slot, now_s)
 
     def _write(self, slot: int, now_s: float) -> None:
-        total = self._sums.get(slot, _EMPTY)
+        total = self._sums.get(slot, _NO_SUM)
         row = total.row(self._stored.get(slot, 0.0))
         if row != self._remote.row(slot):
             self._writer.set_remote(slot, row, now_s)
@@ -270,4 +293,4 @@ class RemoteLoad:
             self._prefixes.insert(slots.salt_of_slot[slot], hashes, deepest, stored, now_s)
 
 
-_EMPTY = _Sum()
+_NO_SUM = _Sum()

@@ -12,8 +12,7 @@ import grpc
 from router.agent.commands import Commands
 from router.agent.link import LinkError, Metadata
 from router.agent.load import LoadCollector, SlotMap, Tick
-from router.agent.remote import RemoteLoad
-from router.routing.accounts import LoadRow
+from router.agent.remote import News, RemoteLoad, Row
 from twofold.v1 import router_pb2 as pb
 from twofold.v1 import router_pb2_grpc
 
@@ -24,6 +23,7 @@ HEARTBEAT_S = 0.5
 WRITE_TIMEOUT_S = 5.0
 MAX_QUEUED = 256
 _UINT32_MAX = (1 << 32) - 1
+_AMOUNT_MAX = 1e15
 
 
 class Reporter:
@@ -130,13 +130,13 @@ class Reporter:
     def _receive(self, peer: pb.PeerLoad) -> None:
         if peer.replica_id == self._hello.replica_id:
             return
-        tick = tick_from_proto(peer.load)
-        if tick is None:
+        news = news_from_proto(peer.load)
+        if news is None:
             log.warning("load of a replica makes no sense", extra={"peer": peer.replica_id[:128]})
             return
         self.ticks_received += 1
         now_s = self._monotonic()
-        self._remote.receive(peer.replica_id, peer.load.epoch, tick, self._slots(), now_s, full=peer.full)
+        self._remote.receive(peer.replica_id, peer.load.epoch, news, self._slots(), now_s, full=peer.full)
 
     def _start_command(self, command: pb.RouterCommand) -> None:
         async def answer() -> None:
@@ -167,9 +167,11 @@ def tick_to_proto(tick: Tick, epoch: int, sequence: int) -> pb.LoadTick:
     )
 
 
-def tick_from_proto(message: pb.LoadTick) -> Tick | None:
-    """The tick of a message; None when its arrays differ in length."""
-    columns = (
+def news_from_proto(message: pb.LoadTick) -> News | None:
+    """What a tick says, with senseless figures made harmless; None when its arrays differ in length."""
+    rows: list[tuple[int, Row]] = []
+    columns = zip(
+        message.ordinals,
         message.inflight,
         message.decodes,
         message.queued_prefill_tokens,
@@ -177,28 +179,24 @@ def tick_from_proto(message: pb.LoadTick) -> Tick | None:
         message.kv_tokens,
         message.stored_tokens,
         message.failures,
+        strict=True,
     )
-    if any(len(column) != len(message.ordinals) for column in columns):
+    most = _AMOUNT_MAX
+    try:
+        for ordinal, inflight, decodes, tokens, seconds, kv_tokens, stored, failures in columns:
+            if not (
+                decodes <= inflight
+                and 0.0 <= tokens < most
+                and 0.0 <= seconds < most
+                and 0.0 <= kv_tokens < most
+                and 0.0 <= stored < most
+            ):
+                decodes = min(decodes, inflight)
+                tokens, seconds, kv_tokens, stored = map(_amount, (tokens, seconds, kv_tokens, stored))
+            rows.append((ordinal, (inflight, decodes, tokens, seconds, kv_tokens, stored, failures)))
+    except ValueError:
         return None
-    rows = [
-        (
-            ordinal,
-            LoadRow(
-                inflight=inflight,
-                decodes=min(decodes, inflight),
-                queued_prefill_tokens=_amount(queued_tokens),
-                queued_prefill_s=_amount(queued_s),
-                kv_tokens=_amount(kv_tokens),
-                stored_tokens=_amount(stored_tokens),
-                failures=failures,
-            ),
-        )
-        for ordinal, inflight, decodes, queued_tokens, queued_s, kv_tokens, stored_tokens, failures in zip(
-            message.ordinals, *columns, strict=True
-        )
-    ]
-    prefixes = [(prefix.ordinal, list(prefix.hashes)) for prefix in message.prefixes]
-    return Tick(rows=tuple(rows), prefixes=tuple(prefixes))
+    return News(rows, [(prefix.ordinal, prefix.hashes[:]) for prefix in message.prefixes])
 
 
 def _uint32(value: int) -> int:
@@ -207,4 +205,4 @@ def _uint32(value: int) -> int:
 
 def _amount(value: float) -> float:
     """A figure of another process as a finite amount that is not negative."""
-    return value if 0.0 <= value < 1e15 else 0.0
+    return value if 0.0 <= value < _AMOUNT_MAX else 0.0

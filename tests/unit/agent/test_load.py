@@ -1,5 +1,6 @@
 """Load on its way up: what is sent when."""
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from router.agent.load import (
     SlotMap,
     Tick,
 )
-from router.agent.reporter import tick_from_proto, tick_to_proto
+from router.agent.reporter import news_from_proto, tick_to_proto
 from router.routing.accounts import AccountsWriter, LoadRow
 from router.routing.buffers import Buffers, in_memory
 from router.routing.dirty_log import DirtyLog
@@ -182,4 +183,7 @@ load_rows = st.builds(
 def test_ticks_survive_the_wire(rows: dict[int, LoadRow], prefixes: list[tuple[int, list[int]]]) -> None:
     sent = Tick(rows=tuple(rows.items()), prefixes=tuple(prefixes))
     data = tick_to_proto(sent, 3, 1).SerializeToString()
-    assert tick_from_proto(router_pb2.LoadTick.FromString(data)) == sent
+    got = news_from_proto(router_pb2.LoadTick.FromString(data))
+    assert got is not None
+    assert got.rows == [(ordinal, msgspec.structs.astuple(row)) for ordinal, row in sent.rows]
+    assert got.prefixes == list(sent.prefixes)

@@ -2,12 +2,13 @@
 
 import math
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.agent.load import SlotMap, Tick
-from router.agent.remote import FULL_REPORT_S, MAX_PEERS, SILENT_KEPT_S, RemoteLoad
-from router.agent.reporter import tick_from_proto
+from router.agent.load import SlotMap
+from router.agent.remote import FULL_REPORT_S, MAX_PEERS, SILENT_KEPT_S, News, RemoteLoad
+from router.agent.reporter import news_from_proto
 from router.routing.accounts import AccountsReader, LoadRow
 from router.routing.buffers import Buffers, in_memory
 from router.routing.dirty_log import DirtyReader
@@ -36,8 +37,14 @@ def remote(buffers: tuple[Buffers, ...]) -> tuple[RemoteLoad, AccountsReader]:
     return RemoteLoad(region, [b.own for b in buffers], peer_timeout_s=2.0), AccountsReader((region.accounts,))
 
 
-def tick(**rows: LoadRow) -> Tick:
-    return Tick(rows=tuple((int(name[1:]), row) for name, row in rows.items()))
+def tick(**rows: LoadRow) -> News:
+    """Rows by ordinal: o101=..."""
+    return news({int(name[1:]): row for name, row in rows.items()})
+
+
+def news(rows: dict[int, LoadRow]) -> News:
+    """Rows by ordinal."""
+    return News(rows=[(ordinal, msgspec.structs.astuple(row)) for ordinal, row in rows.items()])
 
 
 def test_peers_are_summed_and_a_peer_that_leaves_or_falls_silent_is_subtracted() -> None:
@@ -49,7 +56,7 @@ def test_peers_are_summed_and_a_peer_that_leaves_or_falls_silent_is_subtracted()
     down.forget_peer("a", 1.0)
     assert reader.row(1) == LoadRow(inflight=3, decodes=1, kv_tokens=5.0)
     assert down.expire(2.9) == []
-    down.receive("b", 3, Tick(), MAP, 2.9)
+    down.receive("b", 3, News(), MAP, 2.9)
     assert down.expire(4.8) == []
     assert down.expire(5.0) == ["b"]
     assert reader.row(1) == LoadRow()
@@ -115,7 +122,7 @@ def test_a_target_that_comes_back_under_another_ordinal_keeps_its_slot_but_not_t
 def test_the_number_of_peers_is_bounded() -> None:
     down, _ = remote(in_memory(SLOTS))
     for number in range(MAX_PEERS + 10):
-        down.receive(f"peer-{number}", 3, Tick(), MAP, 0.0)
+        down.receive(f"peer-{number}", 3, News(), MAP, 0.0)
     assert len(down.peers) == MAX_PEERS
     assert down.dropped_ticks == 10
 
@@ -176,9 +183,9 @@ def test_prefixes_of_peers_are_found_by_the_routing_core() -> None:
     buffers = in_memory(SLOTS)
     down, _ = remote(buffers)
     chain = tuple(range(1000, 1000 + DEPTH_SCHEDULE[9]))
-    sent = Tick(prefixes=((105, broadcast_hashes(chain)), (105, [1]), (9999, [1, 2])))
+    sent = News(prefixes=((105, broadcast_hashes(chain)), (105, [1]), (9999, [1, 2])))
     down.receive("a", 3, sent, MAP, 5.0)
-    table = PrefixReader((buffers[0].remote.prefixes,))
+    table = PrefixReader(buffers[0].remote.prefixes)
     assert table.cached_chunks(MAP.salt_of_slot[5], chain, 0.0, 1e6) == len(chain)
     assert table.cached_chunks(MAP.salt_of_slot[6], chain, 0.0, 1e6) == 0
 
@@ -218,13 +225,13 @@ def test_whatever_a_peer_says_leaves_finite_accounts(
         **dict(zip((*names, "stored_tokens", "failures"), columns, strict=True)),
         prefixes=[router_pb2.SentPrefix(ordinal=ordinal, hashes=hashes) for ordinal, hashes in prefixes],
     )
-    got = tick_from_proto(router_pb2.LoadTick.FromString(message.SerializeToString()))
+    got = news_from_proto(router_pb2.LoadTick.FromString(message.SerializeToString()))
     assert got is not None
     down, reader = remote(in_memory(SLOTS))
     # Ordinals are made to hit, so that what was parsed reaches the accounts.
     hitting = tuple((100 + ordinal % SLOTS, row) for ordinal, row in got.rows)
     told = tuple((100 + ordinal % SLOTS, hashes) for ordinal, hashes in got.prefixes)
-    down.receive("a", 3, Tick(rows=hitting, prefixes=told), MAP, 0.0)
+    down.receive("a", 3, News(rows=hitting, prefixes=told), MAP, 0.0)
     for slot in range(SLOTS):
         row = reader.row(slot)
         assert math.isfinite(row.queued_prefill_s + row.queued_prefill_tokens + row.kv_tokens + row.stored_tokens)
@@ -252,7 +259,7 @@ def test_after_any_events_the_region_is_the_sum_over_the_present_peers(
     now_s = 0.0
     for kind, peer, slot, row in events:
         if kind in ("tick", "full"):
-            down.receive(str(peer), 3, Tick(rows=((100 + slot, row),)), MAP, now_s, full=kind == "full")
+            down.receive(str(peer), 3, news({100 + slot: row}), MAP, now_s, full=kind == "full")
             kept = present.setdefault(peer, {}) if kind == "tick" else {}
             present[peer] = {**kept, slot: row}
             silent.discard(peer)
