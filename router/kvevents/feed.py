@@ -119,7 +119,7 @@ class Feed:
 
     def replay_asked(self) -> None:
         """What was wanted has been asked for."""
-        self._replay = _Replay(self.wants_replay_from or 0, self._next)
+        self._replay = _Replay(self._next)
         self.wants_replay_from = None
 
     def check(self) -> None:
@@ -170,7 +170,7 @@ class Feed:
         if not answered:
             if self._pending or self.state is FeedState.CONNECTING:
                 self._give_up()
-        elif self._next < replay.expected:
+        elif replay.overtaken:
             pass  # the engine was restarted meanwhile: the replay of its new life is wanted already
         elif replay.expected and not replay.seen:
             # Its own last batch is not in the engine's buffer: it is another engine, or the same one restarted.
@@ -207,6 +207,8 @@ class Feed:
         self.state = FeedState.CONNECTING
         if self._can_replay:
             self.wants_replay_from = 0
+        if self._replay is not None:
+            self._replay.overtaken = True
 
     def _hold(self, sequence: int, batch: EventBatch, size_bytes: int) -> None:
         if not self._pending and self.state is not FeedState.CONNECTING:
@@ -322,13 +324,16 @@ class Feed:
 
 
 class _Replay:
-    """A replay under way: where it was to begin, what was expected next then, whether a batch came, and whether the
-    last batch known was among them, unchanged."""
+    """A replay under way."""
 
-    __slots__ = ("expected", "first", "same", "seen")
+    __slots__ = ("expected", "overtaken", "same", "seen")
 
-    def __init__(self, first: int, expected: int) -> None:
-        self.first = first
+    def __init__(self, expected: int) -> None:
         self.expected = expected
+        """The batch expected next when it was asked for."""
         self.seen = False
+        """Whether any batch came."""
         self.same = False
+        """Whether a batch came that had been seen before, unchanged: the engine is still the same."""
+        self.overtaken = False
+        """Whether another life of the engine was seen meanwhile."""

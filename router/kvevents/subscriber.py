@@ -269,10 +269,11 @@ class Subscriber:
             return
         changes, self.changes = self.changes, Changes()
         self.applied_blocks += len(changes)
-        if self.index.blocks + len(changes) > self.index.capacity:
+        while self.index.blocks + len(changes) > self.index.capacity:
             larger = self._grow(self.index)
-            if larger is not None:
-                self.index = larger
+            if larger is None:
+                break
+            self.index = larger
         self.index.apply(changes.batch())
         for slot in self.index.take_overflowed():
             follower = self._followers.get(slot)

@@ -12,6 +12,7 @@ from router.relay.retry import RetryBudget
 from router.relay.settings import RelaySettings
 from router.relay.upstream import UpstreamPool
 from router.telemetry.metrics import RelayMetrics
+from router.tokens.exact import ExactPrefixes
 
 if TYPE_CHECKING:
     from router.relay.exchange import Exchange
@@ -45,6 +46,7 @@ class RelayContext:
             idle_s=settings.worker_idle_s,
             clock=clock,
         )
+        self.exact = ExactPrefixes(lambda: fleet.kv, metrics.exact_prefix)
         self.exchanges: set[Exchange] = set()
         """Requests in progress."""
         self._tasks: set[asyncio.Task[None]] = set()

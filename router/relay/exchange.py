@@ -1,5 +1,6 @@
 """One client request from decision to last byte: the side that stays while attempts at workers come and go."""
 
+import asyncio
 import logging
 
 from router.http.chunked import LAST_CHUNK, encode_chunk
@@ -14,6 +15,7 @@ from router.relay.context import RelayContext
 from router.relay.decisions import DecisionEntry
 from router.relay.endings import RETRYABLE, Ending, client_error, markers_of
 from router.routing.types import Decision, Endpoint, RequestFeatures
+from router.tokens.exact import Preparation
 from twofold.model.reasons import RejectReason
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class Exchange:
         "_keep_alive",
         "_metrics",
         "_paused_since_s",
+        "_preparation",
         "_refusals",
         "_request_id",
         "_status",
@@ -94,13 +97,40 @@ class Exchange:
         self._closed = False
         self._status = 0
         self._paused_since_s: float | None = None
+        self._preparation: Preparation | None = None
 
     # -- start and retries
 
     def start(self, began_s: float) -> None:
         """Decide and send; everything after this happens in callbacks. ``began_s``: when its handling began."""
+        self._enter()
+        self._begin(began_s)
+
+    def start_after(self, preparation: Preparation) -> None:
+        """The same, once more is known of the prompt."""
+        self._enter()
+        self._preparation = preparation
+        preparation.start(asyncio.get_running_loop(), self._prepared)
+
+    def _prepared(self, features: RequestFeatures) -> None:
+        self._preparation = None
+        if self._closed:
+            return
+        self._features = features
+        try:
+            self._begin(self._context.clock())
+        except Exception:
+            log.exception("request failed inside the router")
+            self.abandon()
+            self._connection.reply(
+                reject_reply(self._style, 500, RejectReason.INTERNAL, "internal error of the router")
+            )
+
+    def _enter(self) -> None:
         self._context.exchanges.add(self)
         self._metrics.add(self._metrics.inflight)
+
+    def _begin(self, began_s: float) -> None:
         self._context.retries.request(self._context.fleet.policy.retry_budget_ratio)
         decision = self._decide()
         metrics = self._context.metrics
@@ -113,8 +143,14 @@ class Exchange:
         if not self._closed:
             self._status = 500
             self._close()
+        self._cancel_preparation()
         if self._attempt is not None:
             self._attempt.cancel()
+
+    def _cancel_preparation(self) -> None:
+        preparation, self._preparation = self._preparation, None
+        if preparation is not None:
+            preparation.cancel()
 
     def _decide(self) -> Decision:
         context = self._context
@@ -198,6 +234,7 @@ class Exchange:
         slab = self._context.metrics
         slab.slab.inc(slab.disconnects)
         self._close()
+        self._cancel_preparation()
         if self._attempt is not None:
             self._attempt.cancel()
 

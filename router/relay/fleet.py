@@ -7,6 +7,7 @@ import logging
 import msgspec
 
 from router.relay.upstream import Address, parse_url
+from router.routing.kv_index import KvIndexReader
 from router.routing.live import LiveFleet
 from router.routing.table import RoutingTable
 from twofold.model.fleet import Pool, RoutingPolicy, Target
@@ -45,6 +46,8 @@ class RelayFleet:
         self.ready = False
         """Whether there is a snapshot and in it a target that takes work."""
         self.installed = False
+        self.kv: KvIndexReader | None = None
+        """What the engines' KV events tell of their caches."""
 
     def install(self, encoded_table: bytes, rings: memoryview) -> None:
         """Work with a published table from now on. Raises msgspec.DecodeError when it is none."""
@@ -66,6 +69,10 @@ class RelayFleet:
         self.epoch, self.version = snapshot.epoch, snapshot.version
         self.ready = any(target.takes_work for target in snapshot.targets)
         self.installed = True
+
+    def show_caches(self, reader: KvIndexReader | None) -> None:
+        """Decide by these reports of the engines' caches from now on; None without any."""
+        self.kv = self.live.kv = reader
 
     def target(self, slot: int) -> RelayTarget | None:
         """Where ``slot`` is; None when it left the fleet or its URL is unusable."""

@@ -22,6 +22,7 @@ from router.relay.usage import RelayUsage
 from router.routing.live import LiveFleet
 from router.shm.files import SharedMemoryError
 from router.shm.heartbeat import ProcessState
+from router.shm.kv_file import KvIndexFile
 from router.shm.layout import clear_accounts, region_sizes, relay_buffers
 from router.shm.replica import SharedReplica, agent_socket
 from router.telemetry.metrics import RelayMetrics
@@ -67,6 +68,7 @@ class RelayProcess:
         self._state = ProcessState.STARTING
         self._board_version = 0
         self._ticks = 0
+        self._kv_index = KvIndexFile(replica.directory)
         self._stopping: asyncio.Event | None = None
         self._grace_s = settings.grace_s
 
@@ -95,6 +97,7 @@ class RelayProcess:
             self._flush()
             self._monitor.close()
             self.context.upstream.close()
+            self.context.exact.close()
         log.info("relay stopped", extra={"relay": self.settings.index})
 
     def stop(self, grace_s: float) -> None:
@@ -142,6 +145,9 @@ class RelayProcess:
             self._reload()
         if self._ticks % SWEEP_TICKS == 0:
             now_s = time.monotonic()
+            if self.context.exact:
+                self._kv_index.refresh(now_s)
+                self.context.fleet.show_caches(self._kv_index.reader)
             for exchange in list(self.context.exchanges):
                 exchange.check(now_s)
             self.http.sweep(now_s)
@@ -165,6 +171,7 @@ class RelayProcess:
             version, table, rings = published
             self._board_version = version
             self.context.fleet.install(table, rings)
+            self.context.exact.install(self.context.fleet.live.snapshot)
         except (SharedMemoryError, msgspec.MsgspecError, ValueError, LookupError) as error:
             log.error("cannot take the published snapshot", extra={"cause": str(error)})
             return

@@ -16,6 +16,7 @@ from router.relay.splice import replace_model
 from router.routing.features import PATHS, parse_request, to_features
 from router.routing.types import BadRequest, Endpoint, ParsedRequest, RequestFeatures, Resolved
 from router.shm.control import ExplainedDecision
+from router.tokens.exact import Preparation
 from twofold.model.reasons import RejectReason
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ class RelayService:
                 self._reject(head, error.status, error.reason, error.message, param=error.param, headers=headers)
             )
             return None
+        prepared = context.exact.prepare(features, parsed, resolved, request.body) if context.exact else features
+        later = prepared if isinstance(prepared, Preparation) else None
         exchange = Exchange(
             context,
             connection,
@@ -127,10 +130,13 @@ class RelayService:
             endpoint=endpoint,
             style=style_of(head),
             request_id=request_id,
-            features=features,
+            features=features if isinstance(prepared, Preparation) else prepared,
         )
         try:
-            exchange.start(started_s)
+            if later is None:
+                exchange.start(started_s)
+            else:
+                exchange.start_after(later)
         except Exception:
             exchange.abandon()
             raise

@@ -160,6 +160,14 @@ class KvIndexReader:
                 return slot, depth
         return None
 
+    def is_held(self, block_hash: int) -> bool:
+        """Whether any target is known to hold the block."""
+        return self.storer_of(block_hash) is not None
+
+    def is_exact(self, slot: int) -> bool:
+        """Whether all that the target at ``slot`` holds is listed."""
+        return self.view(slot)[0] is ViewState.EXACT
+
     def storer_of(self, block_hash: int) -> int | None:
         """Slot that stored the block last, NO_SLOT where it has dropped it and others hold it, None where nobody
         does."""

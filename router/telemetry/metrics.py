@@ -145,6 +145,11 @@ class RelayMetrics:
         self.decisions = counter(
             "twofold_decisions_total", "Routing decisions, retries included", ("pool",), max_series=MAX_POOLS
         )
+        self._exact_prefixes = counter(
+            "twofold_exact_prefixes_total",
+            "Requests whose block hashes were wanted, by what became of it",
+            ("pool", "outcome"),
+        )
         self.decision = histogram(
             "twofold_decision_seconds", "Time to parse a request, hash its prompt and decide", OVERHEAD_S
         ).series()
@@ -179,6 +184,10 @@ class RelayMetrics:
     def limit_hit(self, limit: str, times: int = 1) -> None:
         """Count that one of LIMITS was reached."""
         self.slab.inc(self._limits[limit], times)
+
+    def exact_prefix(self, pool: str, outcome: str) -> None:
+        """Count a request whose block hashes were wanted."""
+        self.slab.inc(self._exact_prefixes.cell(pool, outcome))
 
     def request(self, pool: str, code: int) -> None:
         """Count an answered request."""

@@ -248,6 +248,16 @@ def test_a_restart_of_a_silent_engine_is_found_by_the_check() -> None:
     assert (+view.copies, feed.state, feed.counters.restarts) == ({}, FeedState.EXACT, 1)
 
 
+def test_a_restart_found_by_the_check_is_known_exactly() -> None:
+    engine, view, feed = connected()
+    feed.take(*engine.publish(stored(1)))
+    engine.restart()
+    engine.publish(stored(2))
+    feed.check()
+    engine.settle(feed)
+    assert (+view.copies, feed.state, feed.counters.restarts) == ({2: 1}, FeedState.EXACT, 1)
+
+
 def test_a_check_of_a_busy_engine_with_a_short_buffer_leaves_the_view_alone() -> None:
     engine, view, feed = connected(buffer_steps=2)
     feed.take(*engine.publish(stored(1)))
@@ -314,7 +324,7 @@ def test_garbage_is_counted_and_costs_the_view() -> None:
 
 
 def test_what_waits_is_bounded() -> None:
-    engine, view, feed = connected()
+    engine, _, feed = connected()
     feed.take(*engine.publish(stored(1)))
     for number in range(2 * MAX_PENDING_BATCHES):
         engine.publish(stored(5))
@@ -354,7 +364,9 @@ def test_chains_are_verified_now_and_then() -> None:
     assert 8 <= view.asked <= 20
 
 
-steps = st.lists(st.tuples(st.sampled_from(["store", "store", "remove", "restart", "check", "clear"]), st.integers(1, 30)))
+steps = st.lists(
+    st.tuples(st.sampled_from(["store", "store", "remove", "restart", "check", "clear"]), st.integers(1, 30))
+)
 
 
 @settings(max_examples=300, deadline=None)
