@@ -1,5 +1,6 @@
 """What the agent itself adds to the metrics of its replica: its queues, its bounds, its view of the fleet."""
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -78,7 +79,15 @@ class AgentFigures:
     def _queues(self) -> Iterator[SeriesValue]:
         parts = self._parts
         reporter, commands, control, remote = parts.reporter, parts.commands, parts.control, parts.remote
+        now_s = time.monotonic()
+        oldest_s = max((now_s - seen_s for seen_s in remote.peers.values()), default=0.0)
         yield _gauge("peers", "Other replicas heard of", len(remote.peers))
+        yield _gauge("peer_age_max_seconds", "Time since the last tick of the replica that is silent longest", oldest_s)
+        yield _gauge(
+            "report_late_max_seconds",
+            "Latest load tick of the last 10 to 20 seconds",
+            reporter.late_max.get(now_s),
+        )
         yield _counter(
             "peer_ticks_dropped_total", "Load ticks of another epoch or of one peer too many", remote.dropped_ticks
         )

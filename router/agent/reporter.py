@@ -13,6 +13,7 @@ from router.agent.commands import Commands
 from router.agent.link import LinkError, Metadata
 from router.agent.load import LoadCollector, SlotMap, Tick
 from router.agent.remote import News, RemoteLoad, Row
+from twofold.runtime.monitor import WindowMax
 from twofold.v1 import router_pb2 as pb
 from twofold.v1 import router_pb2_grpc
 
@@ -57,6 +58,8 @@ class Reporter:
         self._tasks: set[asyncio.Task[None]] = set()
         self.dropped = 0
         """Answers that made room for later ones."""
+        self.late_max = WindowMax()
+        """How late ticks were."""
         self.ticks_sent = 0
         self.ticks_received = 0
         self.connected = False
@@ -91,6 +94,7 @@ class Reporter:
         next_tick_s, heartbeat_s, next_demand_s = now_s, now_s, now_s + self._demand_interval_s
         while not reader.done():
             now_s = self._monotonic()
+            self.late_max.add(now_s - next_tick_s, now_s)
             slots = self._slots()
             tick = self._collector.collect(slots)
             if tick.rows or tick.prefixes or now_s >= heartbeat_s:
