@@ -121,8 +121,7 @@ class Replica:
         for live in (self.live, self.sibling):
             live.install(table, memoryview(rings))
         if full:
-            for region in (buffers[0].own, buffers[1].own, buffers[0].remote):
-                region.prefixes[:] = full_table()
+            buffers[0].own.prefixes[:] = full_table()
         self._size = size
         self._prompt = prompt
         self._broken = broken

@@ -150,7 +150,7 @@ class AccountsReader:
 
 
 class Entry:
-    """One request on the accounts, from dispatch to its end. Made by ``AccountsWriter.dispatch``."""
+    """One request on the accounts, from dispatch to its end. ``work_s`` is kept quantised."""
 
     __slots__ = ("decoding", "done", "kv_tokens", "prompt_tokens", "sent_s", "slot", "uncached_tokens", "work_s")
 
@@ -158,7 +158,7 @@ class Entry:
         self.slot = slot
         self.uncached_tokens = uncached_tokens
         self.prompt_tokens = prompt_tokens
-        self.work_s = work_s
+        self.work_s = quantise_s(work_s)
         self.sent_s = sent_s
         self.kv_tokens = 0
         self.decoding = False
@@ -177,22 +177,27 @@ class AccountsWriter:
 
     def dispatch(self, slot: int, uncached_tokens: int, prompt_tokens: int, work_s: float, now_s: float) -> Entry:
         """Takes a request on: it is queued for prefill until ``first_token`` or ``finish``."""
-        entry = Entry(slot, uncached_tokens, prompt_tokens, quantise_s(work_s), now_s)
+        entry = Entry(slot, uncached_tokens, prompt_tokens, work_s, now_s)
+        self.enter(entry)
+        return entry
+
+    def enter(self, entry: Entry) -> None:
+        """Takes a request on, as ``dispatch``, by an entry that was not entered before."""
+        slot = entry.slot
         values, at = self._values, slot * ROW
         queue = self._queues.get(slot)
         if queue is None:
             queue = self._queues[slot] = deque()
         queue.append(entry)
         if len(queue) == 1:
-            values[at + HEAD_SENT_S] = now_s
+            values[at + HEAD_SENT_S] = entry.sent_s
             values[at + HEAD_WORK_S] = entry.work_s
         values[at + INFLIGHT] += 1
         values[at + QUEUED_REQUESTS] += 1
-        values[at + QUEUED_PREFILL_TOKENS] += uncached_tokens
+        values[at + QUEUED_PREFILL_TOKENS] += entry.uncached_tokens
         values[at + QUEUED_PREFILL_S] += entry.work_s
-        values[at + STORED_TOKENS] += uncached_tokens
+        values[at + STORED_TOKENS] += entry.uncached_tokens
         self._dirty.mark(slot)
-        return entry
 
     def first_token(self, entry: Entry, now_s: float) -> None:
         """The prefill is over; the request decodes from now on. No effect after the first call or the end."""

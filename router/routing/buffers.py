@@ -6,7 +6,8 @@ from router.routing import accounts, dirty_log, prefix_table, sent_prefixes
 
 
 class RelayRegions(msgspec.Struct, frozen=True, kw_only=True):
-    """What one process writes and the others of its replica read. All views are writable bytes ('B')."""
+    """What one process writes and the others of its replica read. All views are bytes ('B'). ``prefixes`` is one and
+    the same memory for all processes of the replica, and writable for all."""
 
     accounts: memoryview
     dirty: memoryview
@@ -28,7 +29,8 @@ class Buffers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of each region for a number of target slots: what to allocate, per relay and once more for the remote."""
+    """Bytes of each region for a number of target slots: what to allocate, per relay and once more for the remote;
+    ``prefixes`` once for the replica."""
 
     accounts: int
     dirty: int
@@ -37,7 +39,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def for_slots(cls, slots: int, prefix_entries: int = prefix_table.DEFAULT_ENTRIES) -> "Sizes":
-        """Sizes for ``slots`` targets and ``prefix_entries`` (a power of two) per prefix region."""
+        """Sizes for ``slots`` targets and ``prefix_entries`` (a power of two) of the prefix table."""
         return cls(
             accounts=accounts.region_bytes(slots),
             dirty=dirty_log.region_bytes(),
@@ -46,19 +48,20 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _regions(sizes: Sizes) -> RelayRegions:
+def _regions(sizes: Sizes, prefixes: memoryview) -> RelayRegions:
     return RelayRegions(
         accounts=memoryview(bytearray(sizes.accounts)),
         dirty=memoryview(bytearray(sizes.dirty)),
-        prefixes=memoryview(bytearray(sizes.prefixes)),
+        prefixes=prefixes,
     )
 
 
 def in_memory(slots: int, relays: int = 1, prefix_entries: int = prefix_table.DEFAULT_ENTRIES) -> tuple[Buffers, ...]:
     """Buffers of ``relays`` relays of one replica over process memory, for simulation and tests."""
     sizes = Sizes.for_slots(slots, prefix_entries)
-    own = [_regions(sizes) for _ in range(relays)]
-    remote = _regions(sizes)
+    prefixes = memoryview(bytearray(sizes.prefixes))
+    own = [_regions(sizes, prefixes) for _ in range(relays)]
+    remote = _regions(sizes, prefixes)
     return tuple(
         Buffers(
             slots=slots,

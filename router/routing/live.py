@@ -59,7 +59,7 @@ class LiveFleet:
         """Set by the host where engines report their caches; see FleetView."""
         # Both are called for every target examined: no wrappers around them.
         self.load = self._loads.get
-        self.cached_chunks = PrefixReader((buffers.own.prefixes, *(region.prefixes for region in others))).cached_chunks
+        self.cached_chunks = PrefixReader(buffers.own.prefixes).cached_chunks
 
     @property
     def snapshot(self) -> FleetSnapshot:
@@ -213,8 +213,7 @@ class LiveFleet:
             # Half open: this request is the probe, and nothing else goes there until it has told or the time is up.
             failures = self._writer.failures(slot)
             self._writer.set_circuit(slot, failures, now_s + circuit.open_s(failures))
-        entry = self._writer.dispatch(slot, decision.uncached_tokens, decision.prompt_tokens, decision.own_s, now_s)
-        return Ticket(self._writer, self._prefix_writer, entry, request, decision, state, entered, now_s)
+        return Ticket(self._writer, self._prefix_writer, slot, request, decision, state, entered, now_s)
 
     def record_failure(self, slot: int, now_s: float) -> None:
         """An attempt on the target failed before its first byte. Enough of them in a row open its circuit for a time

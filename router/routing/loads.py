@@ -58,13 +58,14 @@ class Loads:
 class OwnLog(DirtyLog):
     """The log of this process's own changes: its ``Loads`` hears of them at once, without reading them back."""
 
-    __slots__ = ("_changed",)
+    __slots__ = ("_changed", "_mark")
 
     def __init__(self, region: memoryview, loads: Loads) -> None:
         super().__init__(region)
+        self._mark = super().mark
         self._changed = loads.changed
 
     def mark(self, slot: int) -> None:
         """See DirtyLog."""
-        super().mark(slot)
+        self._mark(slot)
         self._changed(slot)

@@ -1,4 +1,4 @@
-"""What is probably cached where: a fixed-size set-associative table over shared memory, one region per writer.
+"""What is probably cached where: a fixed-size set-associative table over memory that all processes of a replica write.
 
 An entry says "this chunk chain was sent to that target when the target had stored so many tokens". It is stale once
 the target has stored more than its KV capacity since: an LRU cache has then turned over. Prompts are entered at the
@@ -8,6 +8,9 @@ of a conversation is recognised to the full depth of the last one.
 Entries that were made a short while ago are left as they are, so that a prefix which is sent again and again costs one
 write, not one per depth. For that to be sound, what is entered beyond a young entry bears that entry's stamp: whatever
 depth of a prompt is found, all shallower ones were entered at its stamp or later.
+
+Nobody locks: entries are hints. Two processes that write the same way of a bucket at the same moment leave an entry
+with words of both, whose worst is to be found some chunks too shallow, or to be stale too early or too late.
 """
 
 from collections.abc import Sequence
@@ -18,12 +21,12 @@ from xxhash import xxh3_64_intdigest
 from router.routing.prefix import DEPTH_SCHEDULE, scheduled_count
 from router.routing.types import Chain
 
-DEFAULT_ENTRIES = 1 << 18
+DEFAULT_ENTRIES = 1 << 19
 YOUNG_SHARE = 1 / 16
 """Entries are young, and left as they are, until the target has stored this share of its capacity."""
 _WAYS = 4
 _TAG_BYTES = 4
-"""The tags of all buckets come first, by themselves: most look-ups end there, and a megabyte stays in a CPU's cache."""
+"""The tags of all buckets come first, by themselves: most look-ups end there, and 2 MB stay in a CPU's cache."""
 _BUCKET_TAGS_BYTES = _WAYS * _TAG_BYTES
 _WORDS = 3 * _WAYS
 """Of a bucket after the tags: the deepest hashes of its ways, their stamps, their times (microseconds: which is the
@@ -51,7 +54,7 @@ def target_salt(target_id: str, incarnation: int) -> int:
 
 
 class PrefixWriter:
-    """The one writer of a region."""
+    """Writes; any number of processes may, each with one of its own."""
 
     __slots__ = ("_first_word", "_mask", "_region", "_tags", "_words", "evictions")
 
@@ -140,15 +143,14 @@ class PrefixWriter:
 
 
 class PrefixReader:
-    """Looks prefixes up over the regions of several writers. Raises ValueError where their sizes differ."""
+    """Looks prefixes up."""
 
-    __slots__ = ("_first_word", "_mask", "_regions")
+    __slots__ = ("_first_word", "_mask", "_region", "_words")
 
-    def __init__(self, regions: tuple[memoryview, ...]) -> None:
-        if len({len(region) for region in regions}) != 1:
-            raise ValueError("the prefix regions of a replica are of one size")
-        self._regions = tuple((region, region.cast("Q")) for region in regions)
-        buckets = len(regions[0]) // _BUCKET_BYTES
+    def __init__(self, region: memoryview) -> None:
+        buckets = len(region) // _BUCKET_BYTES
+        self._region = region
+        self._words = region.cast("Q")
         self._first_word = buckets * _BUCKET_TAGS_BYTES // 8
         self._mask = buckets - 1
 
@@ -156,42 +158,18 @@ class PrefixReader:
         """Leading chunks of ``chain`` that the target of ``salt`` holds or has queued, by what was sent to it.
 
         ``stored_tokens`` is the target's clock now, ``capacity_tokens`` its KV capacity. Most targets know nothing of
-        a prompt: their first chunk is looked for, no more.
+        a prompt: their first chunk is looked for, no more. Else a few probes at the deep end, then a binary search.
         """
+        region, mask = self._region, self._mask
         key = chain[0] ^ salt
-        offset = (key & self._mask) * _BUCKET_TAGS_BYTES
-        tag = key >> 32 or 1
-        found = deepest = 0
-        for region, words in self._regions:
-            if tag in _TAGS(region, offset):
-                found, deepest = self._search(
-                    region, words, salt, chain, stored_tokens, capacity_tokens, found, deepest
-                )
-        return _deepened(chain, found, deepest) if found else 0
-
-    def _search(
-        self,
-        region: memoryview,
-        words: memoryview,
-        salt: int,
-        chain: Chain,
-        stored_tokens: float,
-        capacity_tokens: float,
-        found: int,
-        deepest: int,
-    ) -> tuple[int, int]:
-        """(scheduled depths found, deepest hash of the prompt sent there) in one region, where it has more than the
-        ``found`` of the regions before it: a few probes at the deep end, then a binary search."""
-        mask, first_word = self._mask, self._first_word
-        low, high = found, scheduled_count(len(chain))
-        probes = 0
+        if (key >> 32 or 1) not in _TAGS(region, (key & mask) * _BUCKET_TAGS_BYTES):
+            return 0
+        words, first_word = self._words, self._first_word
+        low, high = 0, scheduled_count(len(chain))
+        deepest = probes = 0
         while low < high:
-            if probes < _DEEP_PROBES:
-                # Whatever another region found is rarely exceeded: then one depth more is asked for first.
-                middle = low if found and not probes else high - 1
-                probes += 1
-            else:
-                middle = (low + high) // 2
+            middle = high - 1 if probes < _DEEP_PROBES else (low + high) // 2
+            probes += 1
             key = chain[_CHUNK_AT[middle]] ^ salt
             bucket = key & mask
             tags = _TAGS(region, bucket * _BUCKET_TAGS_BYTES)
@@ -203,7 +181,7 @@ class PrefixReader:
                     deepest = words[at]
                     continue
             high = middle
-        return low, deepest
+        return _deepened(chain, low, deepest) if low else 0
 
 
 def _deepened(chain: Chain, found: int, tail: int) -> int:

@@ -1,6 +1,6 @@
 """The price of a candidate: what it costs the fleet and how long the client waits (docs/routing.md)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from math import ceil
 
 from router.routing.accounts import Load
@@ -40,76 +40,87 @@ def refusal(
 def examine(
     view: FleetView,
     pool: PoolState,
-    state: TargetState,
-    role: TargetRole,
+    slots: Iterable[int],
+    roles: Sequence[TargetRole],
     request: RequestFeatures,
     alpha: float,
     margin_s: float,
     exclude: Collection[int],
     now_s: float,
-) -> ExaminedTarget:
-    """Eligibility and price of one candidate: ``(1 - alpha) * own_reference + alpha * (own + wait) + margin``.
+) -> list[ExaminedTarget]:
+    """Eligibility and price of the targets at ``slots`` (those that the pool has), in their ``roles``:
+    ``(1 - alpha) * own_reference + alpha * (own + wait) + margin``.
 
     own: prefill of the uncached tokens behind the cached ones here; own_reference: the same at the pool's reference
     speed, because a second on a slow GPU is cheap; wait: queued prefill work still to do, the rest of the running
     iteration, and what the iterations needed cost besides prefill (base and decodes).
     """
-    load = view.load(state.slot)
-    tokens = request.prompt_tokens
-    if (
-        state.refusal
-        or exclude
-        or request.adapter
-        or load.inflight >= state.max_inflight
-        or load.circuit_until_s > now_s
-        or tokens > state.longest_tokens
-    ):
-        # Something may stand against it: only then the reasons are gone through one by one.
-        refused = refusal(state, load, request, exclude, now_s)
-        if refused:
-            return ExaminedTarget(state.slot, state.target_id, role, refused)
-    cached = 0
-    if request.block_hashes:
-        cached = _reported_tokens(view, state, request, load)
-    elif request.chain:
-        chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, state.kv_capacity_tokens)
-        if chunks:
-            # The last prompt token is always computed: its logits give the first output token.
-            cached = min(int(chunks * request.chunk_tokens), tokens - 1)
-    uncached = tokens - cached
-    correction = state.correction
-    middle = cached + uncached * 0.5
-    own_s = uncached * (state.prefill_s + state.context_s * middle) * correction
-    own_reference_s = uncached * (pool.reference_prefill_s + pool.reference_context_s * middle)
-    decodes = load.decodes
-    step_s = (state.base_s + state.decode_s * decodes + state.decode_kv_s * load.kv_tokens) * correction
-    if load.queued_s > 0.0:
-        wait_s, share = load.remaining(now_s)
-        to_do = uncached + load.queued_tokens * share
-    else:
-        wait_s, to_do = 0.0, float(uncached)
-    room = state.batch_tokens - decodes
-    if to_do > room:
-        wait_s += (ceil(to_do / room) if room > 1.0 else ceil(to_do)) * step_s
-    else:
-        wait_s += step_s
-    if decodes:
-        # An engine in the middle of a step is on average half through it.
-        wait_s += 0.5 * step_s
-    return ExaminedTarget(
-        state.slot,
-        state.target_id,
-        role,
-        _ELIGIBLE,
-        cached,
-        uncached,
-        own_s,
-        own_reference_s,
-        wait_s,
-        margin_s,
-        (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s,
-        correction,
-    )
+    by_slot, loads = pool.by_slot, view.load
+    tokens, chain, reported = request.prompt_tokens, request.chain, request.block_hashes
+    particular = bool(exclude or request.adapter)
+    examined = []
+    for number, slot in enumerate(slots):
+        role = roles[number]
+        state = by_slot.get(slot)
+        if state is None:
+            continue
+        load = loads(slot)
+        if (
+            particular
+            or state.refusal
+            or load.inflight >= state.max_inflight
+            or load.circuit_until_s > now_s
+            or tokens > state.longest_tokens
+        ):
+            # Something may stand against it: only then the reasons are gone through one by one.
+            refused = refusal(state, load, request, exclude, now_s)
+            if refused:
+                examined.append(ExaminedTarget(slot, state.target_id, role, refused))
+                continue
+        cached = 0
+        if reported:
+            cached = _reported_tokens(view, state, request, load)
+        elif chain:
+            chunks = view.cached_chunks(state.salt, chain, load.stored_tokens, state.kv_capacity_tokens)
+            if chunks:
+                # The last prompt token is always computed: its logits give the first output token.
+                cached = min(int(chunks * request.chunk_tokens), tokens - 1)
+        uncached = tokens - cached
+        correction = state.correction
+        middle = cached + uncached * 0.5
+        own_s = uncached * (state.prefill_s + state.context_s * middle) * correction
+        own_reference_s = uncached * (pool.reference_prefill_s + pool.reference_context_s * middle)
+        decodes = load.decodes
+        step_s = (state.base_s + state.decode_s * decodes + state.decode_kv_s * load.kv_tokens) * correction
+        to_do, wait_s = float(uncached), 0.0
+        if load.queued_s > 0.0:
+            wait_s, share = load.remaining(now_s)
+            to_do += load.queued_tokens * share
+        room = state.batch_tokens - decodes
+        if to_do <= room:
+            wait_s += step_s
+        else:
+            wait_s += (ceil(to_do / room) if room > 1.0 else ceil(to_do)) * step_s
+        if decodes:
+            # An engine in the middle of a step is on average half through it.
+            wait_s += 0.5 * step_s
+        examined.append(
+            ExaminedTarget(
+                slot,
+                state.target_id,
+                role,
+                _ELIGIBLE,
+                cached,
+                uncached,
+                own_s,
+                own_reference_s,
+                wait_s,
+                margin_s,
+                (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s,
+                correction,
+            )
+        )
+    return examined
 
 
 def _reported_tokens(view: FleetView, state: TargetState, request: RequestFeatures, load: Load) -> int:

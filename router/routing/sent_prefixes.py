@@ -3,13 +3,14 @@
 Hints only: a reader that lags loses the oldest, and nothing waits.
 """
 
-from array import array
 from collections.abc import Sequence
+from struct import Struct
 
 DEFAULT_WORDS = 1 << 15
 MAX_HASHES = 128
 """More than any prompt has: the depth schedule to 4096 chunks plus the deepest chunk is 81."""
 _HEADER_WORDS = 1
+_PACK = tuple(Struct(f"={1 + count}Q").pack_into for count in range(MAX_HASHES + 1))
 
 
 def region_bytes(words: int = DEFAULT_WORDS) -> int:
@@ -20,25 +21,26 @@ def region_bytes(words: int = DEFAULT_WORDS) -> int:
 class SentPrefixes:
     """Writer side: records are one word (slot << 32 | count) and ``count`` hashes; the header counts words written."""
 
-    __slots__ = ("_capacity", "_words")
+    __slots__ = ("_capacity", "_region", "_words")
 
     def __init__(self, region: memoryview) -> None:
+        self._region = region
         self._words = region.cast("Q")
         self._capacity = len(self._words) - _HEADER_WORDS
 
     def append(self, slot: int, hashes: Sequence[int]) -> None:
         """Records that a prompt with these chain hashes (see ``prefix.broadcast_hashes``) went to ``slot``."""
         words, capacity = self._words, self._capacity
-        count = min(len(hashes), MAX_HASHES)
-        record = array("Q", (slot << 32 | count, *hashes[:count]))
+        if len(hashes) > MAX_HASHES:
+            hashes = hashes[:MAX_HASHES]
+        count = len(hashes)
         head = words[0]
         at = head % capacity
-        room = capacity - at
-        if count < room:
-            words[_HEADER_WORDS + at : _HEADER_WORDS + at + count + 1] = record
+        if at + count < capacity:
+            _PACK[count](self._region, 8 * (_HEADER_WORDS + at), slot << 32 | count, *hashes)
         else:
-            words[_HEADER_WORDS + at :] = record[:room]
-            words[_HEADER_WORDS : _HEADER_WORDS + count + 1 - room] = record[room:]
+            for number, word in enumerate((slot << 32 | count, *hashes)):
+                words[_HEADER_WORDS + (at + number) % capacity] = word
         words[0] = head + count + 1
 
 

@@ -19,11 +19,12 @@ def region_sizes(slots: int = DEFAULT_SLOTS) -> RegionSizes:
 
 
 def regions_of(replica: SharedReplica, writer: int) -> RelayRegions:
-    """The regions of ``writer`` (a relay's index or AGENT); read-only views unless they are this process's own."""
+    """The regions of ``writer`` (a relay's index or AGENT); read-only views unless they are this process's own. The
+    table of prefixes is everybody's."""
     return RelayRegions(
         accounts=replica.region(writer, Region.ACCOUNTS),
         dirty=replica.region(writer, Region.DIRTY),
-        prefixes=replica.region(writer, Region.PREFIXES),
+        prefixes=replica.prefixes,
     )
 
 

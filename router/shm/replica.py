@@ -3,6 +3,9 @@
 Writers are the relays 0..P-1 and the agent (``AGENT``). A writer's file holds its heartbeat and the regions that
 the routing core asked for; this module knows their sizes, never their contents. A process maps its own file
 writable and those of its siblings read-only, so that no fault of one process can damage the figures of another.
+
+One file more is written by all (``SHARED``): the table of prefixes believed to be cached. It holds hints, of which any
+value is harmless, and one table is looked up where there would be one per writer.
 """
 
 import enum
@@ -30,9 +33,11 @@ from router.shm.files import (
 )
 from router.shm.heartbeat import HEARTBEAT_BYTES, Heartbeat
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 AGENT = -1
 """Index of the agent among the writers."""
+SHARED = -2
+"""In the place of a writer: the file that all of them write."""
 MAX_RELAYS = 256
 MAX_SLOTS = 1 << 16
 
@@ -51,16 +56,15 @@ class Region(enum.IntEnum):
     """Live load by slot."""
     DIRTY = 2
     """Log of the slots whose accounts changed."""
-    PREFIXES = 3
-    """Table of prefixes believed to be cached."""
-    SENT = 4
+    SENT = 3
     """Ring of prefixes sent, for the agent's broadcast."""
-    SLOTS = 5
+    SLOTS = 4
     """The agent's ledger: the number of slots ever given out, 8 bytes."""
 
 
 class RegionSizes(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes that the routing core wants for each region of one writer, for ``slots`` target slots."""
+    """Bytes that the routing core wants for each region of one writer, for ``slots`` target slots; ``prefixes``: once,
+    for all of them."""
 
     slots: int
     accounts: int
@@ -73,7 +77,7 @@ class RegionSizes(msgspec.Struct, frozen=True, kw_only=True):
         fixed = {Region.HEARTBEAT: HEARTBEAT_BYTES, Region.SLOTS: 8}
         if region in fixed:
             return fixed[region]
-        return (self.accounts, self.dirty, self.prefixes, self.sent)[region - Region.ACCOUNTS]
+        return (self.accounts, self.dirty, self.sent)[region - Region.ACCOUNTS]
 
 
 class SharedReplica:
@@ -113,7 +117,9 @@ class SharedReplica:
         lock = DirectoryLock(directory)
         try:
             _empty(directory, keep=lock.path)
-            files = {writer: _create_writer(directory, writer, relays, sizes) for writer in (*range(relays), AGENT)}
+            files = {
+                writer: _create_file(directory, writer, relays, sizes) for writer in (*range(relays), AGENT, SHARED)
+            }
             replica = cls(directory, relays, sizes, files, None)
             replica.board = SnapshotBoard.create(directory / "board")
         except (SharedMemoryError, OSError) as error:
@@ -135,15 +141,20 @@ class SharedReplica:
         """
         check_private_directory(directory)
         agent_file = open_mapped(_writer_path(directory, AGENT), writable=writer == AGENT)
-        relays, found = _check_header(directory, AGENT, agent_file, None)
+        shared_file = open_mapped(_writer_path(directory, SHARED), writable=writer is not None)
+        relays, found = _check_header(directory, AGENT, agent_file, shared_file)
+        if _check_header(directory, SHARED, shared_file, shared_file)[0] != relays:
+            raise SharedMemoryError(f"{_writer_path(directory, SHARED)}: made for another replica than its siblings")
         if sizes is not None and sizes != found:
             raise SharedMemoryError(f"{directory} was made for {found}, this process needs {sizes}")
         if writer is not None and not AGENT <= writer < relays:
             raise SharedMemoryError(f"{directory} has {relays} relays, there is no relay {writer}")
-        files = {AGENT: agent_file}
+        files = {AGENT: agent_file, SHARED: shared_file}
         for index in range(relays):
             files[index] = open_mapped(_writer_path(directory, index), writable=writer == index)
-            _check_header(directory, index, files[index], (relays, found))
+            if _check_header(directory, index, files[index], shared_file) != (relays, found):
+                path = _writer_path(directory, index)
+                raise SharedMemoryError(f"{path}: made for another replica than its siblings")
         replica = cls(directory, relays, found, files, writer)
         replica.board = SnapshotBoard.attach(directory / "board", writable=writer == AGENT)
         return replica
@@ -151,8 +162,16 @@ class SharedReplica:
     def region(self, writer: int, region: Region) -> memoryview:
         """Bytes of a region of ``writer`` (``AGENT`` or a relay's index); read-only unless it is this process's
         own."""
+        return self._view(writer, region)
+
+    @property
+    def prefixes(self) -> memoryview:
+        """The table of prefixes, of all writers; writable for every one of them."""
+        return self._view(SHARED, 0)
+
+    def _view(self, writer: int, number: int) -> memoryview:
         file = self._files[writer]
-        offset, size_bytes = _REGION.unpack_from(file, _HEADER.size + region * _REGION.size)
+        offset, size_bytes = _REGION.unpack_from(file, _HEADER.size + number * _REGION.size)
         return memoryview(file)[offset : offset + size_bytes]
 
     def heartbeat(self, writer: int) -> Heartbeat:
@@ -194,32 +213,29 @@ def counter_path(directory: Path, process: str) -> Path:
 
 
 def writer_name(writer: int) -> str:
-    """Name of a writing process: "agent" or "relay-<index>"."""
-    return "agent" if writer == AGENT else f"relay-{writer}"
+    """Name of a writing process: "agent" or "relay-<index>"; "shared" for all of them."""
+    return {AGENT: "agent", SHARED: "shared"}.get(writer, f"relay-{writer}")
 
 
 def _writer_path(directory: Path, writer: int) -> Path:
     return directory / f"{writer_name(writer)}.shm"
 
 
-def _create_writer(directory: Path, writer: int, relays: int, sizes: RegionSizes) -> mmap.mmap:
-    offsets: list[tuple[int, int]] = []
-    end = PAGE_BYTES
-    for region in Region:
-        offsets.append((end, sizes.of(region)))
-        end += round_up_to_page(sizes.of(region))
+def _create_file(directory: Path, writer: int, relays: int, sizes: RegionSizes) -> mmap.mmap:
+    wanted = [sizes.prefixes] if writer == SHARED else [sizes.of(region) for region in Region]
+    end = PAGE_BYTES + sum(round_up_to_page(size_bytes) for size_bytes in wanted)
     file = create_mapped(_writer_path(directory, writer), end)
-    for region, entry in zip(Region, offsets, strict=True):
-        _REGION.pack_into(file, _HEADER.size + region * _REGION.size, *entry)
+    offset = PAGE_BYTES
+    for number, size_bytes in enumerate(wanted):
+        _REGION.pack_into(file, _HEADER.size + number * _REGION.size, offset, size_bytes)
+        offset += round_up_to_page(size_bytes)
     _HEADER.pack_into(file, 0, _MAGIC, LAYOUT_VERSION, relays, sizes.slots, writer)
     return file
 
 
-def _check_header(
-    directory: Path, writer: int, file: mmap.mmap, expected: tuple[int, RegionSizes] | None
-) -> tuple[int, RegionSizes]:
-    """Relays and sizes in the header of a writer's file. Raises SharedMemoryError unless it is whole and as
-    expected."""
+def _check_header(directory: Path, writer: int, file: mmap.mmap, shared: mmap.mmap) -> tuple[int, RegionSizes]:
+    """Relays and sizes in the header of a file; of the prefixes in that of the ``shared`` one. Raises
+    SharedMemoryError unless it is whole."""
     path = _writer_path(directory, writer)
     magic, layout, relays, slots, stored_writer = _HEADER.unpack_from(file, 0)
     if magic != _MAGIC or layout != LAYOUT_VERSION:
@@ -227,16 +243,14 @@ def _check_header(
     entries = [_REGION.unpack_from(file, _HEADER.size + region * _REGION.size) for region in Region]
     if stored_writer != writer or any(offset + size > len(file) for offset, size in entries):
         raise SharedMemoryError(f"{path}: header is damaged")
-    sizes = RegionSizes(
+    _, prefixes = _REGION.unpack_from(shared, _HEADER.size)
+    return relays, RegionSizes(
         slots=slots,
         accounts=entries[Region.ACCOUNTS][1],
         dirty=entries[Region.DIRTY][1],
-        prefixes=entries[Region.PREFIXES][1],
+        prefixes=prefixes,
         sent=entries[Region.SENT][1],
     )
-    if expected is not None and expected != (relays, sizes):
-        raise SharedMemoryError(f"{path}: made for another replica than its siblings")
-    return relays, sizes
 
 
 def _empty(directory: Path, *, keep: Path) -> None:

@@ -1,9 +1,10 @@
 """What every policy does alike: turn examined targets into a Decision, and never refuse while a target may serve."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from math import inf
 
 from router.routing.price import examine, refusal, tpot
-from router.routing.state import FleetView, PoolState, TargetState
+from router.routing.state import FleetView, PoolState
 from router.routing.types import Decision, ExaminedTarget, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import Ineligible, RejectReason, RouteReason, TargetRole
@@ -26,6 +27,15 @@ def no_pool(request: RequestFeatures, policy: RoutingPolicy, now_s: float) -> De
         request.prompt_tokens,
         retry_after_s=_NO_ENDPOINT_RETRY_S,
     )
+
+
+def cheapest(examined: Iterable[ExaminedTarget], best: ExaminedTarget | None = None) -> ExaminedTarget | None:
+    """The eligible target of the lowest price, the first of equals; ``best`` unless one of them is cheaper."""
+    least_s = inf if best is None else best.price_s
+    for candidate in examined:
+        if candidate.price_s < least_s and not candidate.ineligible:
+            best, least_s = candidate, candidate.price_s
+    return best
 
 
 def choose(
@@ -86,22 +96,23 @@ def find_any(
     the first eligible targets, and rejects only when there is none at all."""
     targets = pool.targets
     seen: dict[Ineligible, int] = {}
-    found: list[ExaminedTarget] = []
+    found: list[int] = []
     start = request.unique_key % len(targets) if targets else 0
     for state in targets[start:] + targets[:start]:
         refused = refusal(state, view.load(state.slot), request, exclude, now_s)
         if refused:
             seen[refused] = seen.get(refused, 0) + 1
             continue
-        found.append(examine(view, pool, state, TargetRole.SCAN, request, policy.alpha, 0.0, exclude, now_s))
+        found.append(state.slot)
         if len(found) == MAX_LISTED:
             break
     if found:
-        best = min(found, key=_price)
+        last = examine(view, pool, found, (TargetRole.SCAN,) * len(found), request, policy.alpha, 0.0, exclude, now_s)
+        best = min(last, key=_price)
         reason = RouteReason.RETRY if exclude else RouteReason.ESCAPE
         if len(targets) == 1:
             reason = RouteReason.ONLY_TARGET
-        return choose(view, pool, request, policy, now_s, (*examined, *found), best, reason, key, key_depth)
+        return choose(view, pool, request, policy, now_s, (*examined, *last), best, reason, key, key_depth)
     # The most hopeful of the reasons counts: a full target will have room, an open circuit will close.
     if Ineligible.SATURATED in seen:
         return _reject(pool, request, policy, now_s, examined, RejectReason.SATURATED, _MIN_RETRY_S, key, key_depth)
@@ -121,12 +132,8 @@ def pinned(
     exclude: Collection[int],
 ) -> Decision:
     """The caller named a data-parallel rank: the cheapest target of that rank."""
-    states: list[TargetState] = [
-        state for state in pool.targets if state.target.data_parallel_rank == request.data_parallel_rank
-    ]
-    examined = [
-        examine(view, pool, state, TargetRole.SCAN, request, policy.alpha, 0.0, exclude, now_s) for state in states
-    ]
+    slots = [state.slot for state in pool.targets if state.target.data_parallel_rank == request.data_parallel_rank]
+    examined = examine(view, pool, slots, (TargetRole.SCAN,) * len(slots), request, policy.alpha, 0.0, exclude, now_s)
     eligible = [candidate for candidate in examined if not candidate.ineligible]
     if not eligible:
         full = any(candidate.ineligible is Ineligible.SATURATED for candidate in examined)

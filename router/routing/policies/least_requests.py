@@ -9,6 +9,8 @@ from router.routing.types import Decision, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import RouteReason, TargetRole
 
+_SCAN = (TargetRole.SCAN,)
+
 
 def decide(
     request: RequestFeatures,
@@ -30,6 +32,6 @@ def decide(
             best, fewest = state, load.inflight
     if best is None:
         return find_any(view, pool, request, policy, now_s, exclude, ())
-    chosen = examine(view, pool, best, TargetRole.SCAN, request, policy.alpha, 0.0, exclude, now_s)
+    (chosen,) = examine(view, pool, (best.slot,), _SCAN, request, policy.alpha, 0.0, exclude, now_s)
     reason = RouteReason.RETRY if exclude else RouteReason.LEAST_REQUESTS
     return choose(view, pool, request, policy, now_s, (chosen,), chosen, reason)

@@ -9,6 +9,8 @@ from router.routing.types import Decision, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import RouteReason, TargetRole
 
+_SCAN = (TargetRole.SCAN,)
+
 
 def decide(
     request: RequestFeatures,
@@ -25,7 +27,7 @@ def decide(
         state = targets[(request.sequence + step) % size]
         if refusal(state, view.load(state.slot), request, exclude, now_s):
             continue
-        chosen = examine(view, pool, state, TargetRole.SCAN, request, policy.alpha, 0.0, exclude, now_s)
+        (chosen,) = examine(view, pool, (state.slot,), _SCAN, request, policy.alpha, 0.0, exclude, now_s)
         reason = RouteReason.RETRY if exclude else RouteReason.ROUND_ROBIN
         return choose(view, pool, request, policy, now_s, (chosen,), chosen, reason)
     return find_any(view, pool, request, policy, now_s, exclude, ())

@@ -1,16 +1,16 @@
 """Twofold's policy: four home targets from two rings, the last storer, one least-work escape; the cheapest of them."""
 
 from collections.abc import Collection
-from math import inf
 
-from router.routing.policies.common import choose, find_any
+from router.routing.policies.common import cheapest, choose, find_any
 from router.routing.price import examine
 from router.routing.state import FleetView, PoolState
-from router.routing.types import Decision, ExaminedTarget, RequestFeatures
+from router.routing.types import Decision, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import RouteReason, TargetRole
 
 _HOME_ROLES = (TargetRole.HOME_A1, TargetRole.HOME_A2, TargetRole.HOME_B1, TargetRole.HOME_B2)
+_LAST_STORER, _ESCAPE = (TargetRole.LAST_STORER,), (TargetRole.ESCAPE,)
 
 
 def decide(
@@ -27,37 +27,26 @@ def decide(
     The escape's price is at least the margin, so it is not even looked for while something cheaper than that is known.
     """
     key, key_depth = view.ring_key(request, pool, policy, now_s)
-    alpha, by_slot = policy.alpha, pool.by_slot
+    alpha = policy.alpha
     homes = pool.ring.homes(key)
-    examined: list[ExaminedTarget] = []
-    best: ExaminedTarget | None = None
-    least_s = inf
+    examined = examine(view, pool, homes, _HOME_ROLES, request, alpha, 0.0, exclude, now_s)
+    best = cheapest(examined)
     reason = RouteReason.HOME
-    for slot, role in zip(homes, _HOME_ROLES, strict=False):
-        state = by_slot.get(slot)
-        if state is None:
-            continue
-        candidate = examine(view, pool, state, role, request, alpha, 0.0, exclude, now_s)
-        examined.append(candidate)
-        if candidate.price_s < least_s and not candidate.ineligible:
-            best, least_s = candidate, candidate.price_s
     if request.block_hashes and view.kv is not None:
         storer = view.kv.last_storer(request.block_hashes)
-        state = by_slot.get(storer[0]) if storer is not None and storer[0] not in homes else None
-        if state is not None:
-            candidate = examine(view, pool, state, TargetRole.LAST_STORER, request, alpha, 0.0, exclude, now_s)
-            examined.append(candidate)
-            if candidate.price_s < least_s and not candidate.ineligible:
-                best, least_s, reason = candidate, candidate.price_s, RouteReason.LAST_STORER
+        if storer is not None and storer[0] not in homes:
+            last = examine(view, pool, storer[:1], _LAST_STORER, request, alpha, 0.0, exclude, now_s)
+            examined += last
+            if cheapest(last, best) is not best:
+                best, reason = last[0], RouteReason.LAST_STORER
     margin_s = policy.margin_s * pool.margin_unit_s
-    if least_s > margin_s:
-        escape = view.least_work(request, pool, exclude, now_s)
-        if escape is not None and all(escape != candidate.slot for candidate in examined):
-            state = by_slot[escape]
-            candidate = examine(view, pool, state, TargetRole.ESCAPE, request, alpha, margin_s, exclude, now_s)
-            examined.append(candidate)
-            if candidate.price_s < least_s and not candidate.ineligible:
-                best, reason = candidate, RouteReason.ESCAPE
+    if best is None or best.price_s > margin_s:
+        slot = view.least_work(request, pool, exclude, now_s)
+        if slot is not None and all(slot != candidate.slot for candidate in examined):
+            escape = examine(view, pool, (slot,), _ESCAPE, request, alpha, margin_s, exclude, now_s)
+            examined += escape
+            if cheapest(escape, best) is not best:
+                best, reason = escape[0], RouteReason.ESCAPE
     if best is None:
         return find_any(view, pool, request, policy, now_s, exclude, examined, key, key_depth)
     if exclude:

@@ -145,7 +145,8 @@ def test_an_escape_that_is_not_looked_for_could_not_have_won(seed: int, chunks: 
     least = live.least_work(asked, pool, frozenset(), NOW)
     for state in pool.targets:
         if state.slot not in homes:
-            passed = examine(live, pool, state, TargetRole.ESCAPE, asked, 0.3, margin_s, frozenset(), NOW)
+            roles = (TargetRole.ESCAPE,)
+            (passed,) = examine(live, pool, (state.slot,), roles, asked, 0.3, margin_s, frozenset(), NOW)
             assert least in homes or passed.price_s >= decision.chosen.price_s
 
 

@@ -85,7 +85,7 @@ class Table:
     def __init__(self, entries: int = 1 << 12) -> None:
         self.region = memoryview(bytearray(region_bytes(entries)))
         self.writer = PrefixWriter(self.region)
-        self.reader = PrefixReader((self.region,))
+        self.reader = PrefixReader(self.region)
 
     def send(
         self, values: tuple[int, ...], stamp: float = 0.0, salt: int = SALT, now_s: float = 1.0, young: float = 0.0
@@ -136,13 +136,26 @@ def test_entries_of_another_incarnation_or_target_are_not_taken_for_this_one() -
     assert table.held(values, salt=target_salt("v", 1)) == 0
 
 
-def test_the_deepest_of_several_regions_counts() -> None:
-    tables = [Table(), Table(), Table()]
+def test_several_processes_write_one_table() -> None:
+    table = Table()
+    others = [PrefixWriter(table.region) for _ in range(3)]
     values = random_chain(random.Random(1), 64)
-    for table, length in zip(tables, (7, 50, 20), strict=True):
-        table.send(values[:length])
-    for order in (tables, tables[::-1]):
-        assert PrefixReader(tuple(table.region for table in order)).cached_chunks(SALT, values, 0.0, 1.0) == 50
+    for writer, length in zip(others, (7, 50, 20), strict=True):
+        writer.insert(SALT, hashes_of(values[:length]), values[length - 1], 0.0, 1.0)
+    assert table.held(values) == 50
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(min_size=1, max_size=64), st.integers(1, 600), st.floats(0, 1e18))
+def test_any_bytes_in_the_table_are_harmless(noise: bytes, length: int, stored: float) -> None:
+    table = Table(entries=16)
+    values = random_chain(random.Random(length), length)
+    table.send(values)
+    size = len(table.region)
+    table.region[:] = (noise * size)[:size]
+    assert 0 <= table.held(values, stored) <= length
+    entered = table.send(values)
+    table.writer.forget(SALT, hashes_of(values), entered, 1.0)
 
 
 def test_a_forgotten_prompt_is_gone_unless_it_was_sent_again() -> None:

@@ -50,6 +50,20 @@ def test_what_a_writer_writes_others_read_but_cannot_write(tmp_path: Path) -> No
     owner.remove()
 
 
+def test_the_table_of_prefixes_is_written_by_all_and_by_no_onlooker(tmp_path: Path) -> None:
+    owner = SharedReplica.create(tmp_path / "r", relays=2, sizes=SIZES)
+    writers = [SharedReplica.attach(tmp_path / "r", writer=writer, sizes=SIZES) for writer in (0, 1, AGENT)]
+    onlooker = SharedReplica.attach(tmp_path / "r")
+    for number, writer in enumerate(writers, start=1):
+        assert len(writer.prefixes) == SIZES.prefixes
+        writer.prefixes[-1] = number
+        assert [seen.prefixes[-1] for seen in (*writers, onlooker)] == [number] * 4
+        assert regions_of(writer, 0).prefixes[-1] == regions_of(writer, AGENT).prefixes[-1] == number
+    assert onlooker.prefixes.readonly
+    assert not any(any(owner.region(0, region)) for region in Region)
+    owner.remove()
+
+
 def test_regions_of_one_writer_do_not_overlap(tmp_path: Path) -> None:
     replica = SharedReplica.create(tmp_path / "r", relays=1, sizes=SIZES)
     for region in Region:
