@@ -10,10 +10,10 @@ and started anew.
 """
 
 import argparse
-import asyncio
 import contextlib
 import ctypes
 import json
+import math
 import os
 import random
 import signal
@@ -24,13 +24,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lib_fleet import engines, free_port, usage
-from lib_replicas import Fleet
+from lib_replicas import PROBE_S
 
 ROUND_S = 0.01
 TICK_S = 0.02
+SETTLE_S = 3.0
 _PIDFD_GETFD = 438
 
 
@@ -145,82 +147,134 @@ def show_cpu(title: str, window: dict[str, tuple[float, float]]) -> None:
         print(f"{name:>16}  {ran:6.3f}  {waited:18.3f}")
 
 
-async def bench(options: argparse.Namespace, directory: Path) -> dict[str, object]:
+class Replicas:
+    """All replicas, spread over processes of ``lib_replicas.py``; the real agents have one for themselves."""
+
+    def __init__(self, options: argparse.Namespace, address: str, directory: Path) -> None:
+        light = options.replicas - options.agents
+        names = [f"light-{i}" for i in range(light)] + [f"real-{i}" for i in range(options.agents)]
+        common = ["--address", address, "--everybody", ",".join(names), "--directory", str(directory)]
+        common += ["--targets", str(options.targets), "--log-level", "info" if options.verbose else "error"]
+        shares = [
+            (["--light", f"{first}-{min(light, first + options.per_process)}"], min(options.per_process, light - first))
+            for first in range(0, light, options.per_process)
+        ]
+        if options.agents:
+            ports = ",".join(str(free_port()) for _ in range(options.agents))
+            shares.append((["--admin-ports", ports], options.agents))
+        script = str(Path(__file__).parent / "lib_replicas.py")
+        self.processes = []
+        for number, (share, count) in enumerate(shares):
+            rate = options.requests_per_s * count / options.replicas
+            argv = [sys.executable, script, *common, *share, "--requests-per-s", str(rate)]
+            argv += ["--seed", str(options.seed + number)]
+            self.processes.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        self.agents: dict[str, int] = {}
+        for answer in self.answers():
+            self.agents.update(answer)
+
+    def answers(self) -> list[Any]:
+        """The answer of every process to the last command."""
+        found = []
+        for process in self.processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError("a process of replicas ended")
+            found.append(json.loads(line))
+        return found
+
+    def ask(self, command: str) -> list[Any]:
+        """Give a command to every process and wait for all answers."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(command.encode() + b"\n")
+            process.stdin.flush()
+        return self.answers()
+
+    def stop(self) -> None:
+        """End all of them."""
+        for process in self.processes:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            process.wait(30)
+            process.stdout.close()
+
+
+def views(answers: list[dict[str, Any]]) -> tuple[dict[str, list[float]], int]:
+    """(kind of sender and viewer -> seconds from dispatch to view, dispatches that a viewer did not see in time)."""
+    sent = {owner: moments for answer in answers for owner, moments in answer["sent"].items()}
+    found: dict[str, list[float]] = {}
+    missed = 0
+    for answer in answers:
+        for viewer, seen in answer["seen"].items():
+            for owner, moments in sent.items():
+                if owner == viewer:
+                    continue
+                kind = f"{owner.split('-')[0]} to {viewer.split('-')[0]}"
+                for sent_s in moments:
+                    seen_s = next((at_s for at_s in seen.get(owner, ()) if at_s >= sent_s), math.inf)
+                    if seen_s - sent_s > PROBE_S:
+                        missed += 1
+                    else:
+                        found.setdefault(kind, []).append(seen_s - sent_s)
+    return found, missed
+
+
+def bench(options: argparse.Namespace, directory: Path) -> dict[str, object]:
     """All phases; returns the result."""
     with engines(options.targets) as (engine_process, ports):
         plane = ControlPlane(directory, ports)
         plane.start()
-        fleet = Fleet(
-            plane.address,
-            directory,
-            options.replicas - options.agents,
-            options.agents,
-            [free_port() for _ in range(options.agents)],
-        )
+        replicas = None
         try:
-            return await phases(options, plane, fleet, engine_process.pid)
+            progress(f"connecting {options.replicas} replicas ({options.agents} real agents)")
+            replicas = Replicas(options, plane.address, directory)
+            pids = {"control plane": plane.process.pid, **replicas.agents}
+            pids |= {f"replicas {i}": process.pid for i, process in enumerate(replicas.processes)}
+            pids |= {"engines": engine_process.pid}
+            result = steady(options, replicas, Figures(pids))
+            return result | storms(plane, replicas)
         finally:
-            await fleet.stop()
+            if replicas is not None:
+                replicas.stop()
             plane.stop()
 
 
-async def phases(options: argparse.Namespace, plane: ControlPlane, fleet: Fleet, engines_pid: int) -> dict[str, object]:
-    """Idle, load, storm, restart."""
-    progress(f"connecting {options.replicas} replicas ({options.agents} real agents)")
-    await fleet.connect(options.targets, 60.0)
-    pids = {"control plane": plane.process.pid}
-    pids |= {replica.name: replica.process.pid for replica in fleet.real}
-    pids |= {"light + load": os.getpid(), "engines": engines_pid}
-    await asyncio.sleep(3.0)
-    figures = Figures(pids)
+def steady(options: argparse.Namespace, replicas: Replicas, figures: Figures) -> dict[str, object]:
+    """Without and with load."""
+    time.sleep(SETTLE_S)
     progress("idle")
-    await asyncio.sleep(options.idle_seconds)
+    figures.begin()
+    time.sleep(options.idle_seconds)
     idle = figures.end()
     show_cpu("idle: probes, watches, empty ticks", idle)
 
-    fleet.begin_load(options.requests_per_s, options.seed)
-    await asyncio.sleep(5.0)
-    assert fleet.load is not None
+    replicas.ask("load")
+    time.sleep(SETTLE_S)
     progress(f"load for {options.seconds:g} s")
     figures.begin()
-    sent = fleet.load.sent
-    fleet.load.late_s = 0.0
-    views = await fleet.measure(options.seconds, options.seed)
+    answers = replicas.ask(f"measure {options.seconds}")
     loaded = figures.end()
-    rate = (fleet.load.sent - sent) / options.seconds
+    rate = sum(answer["requests"] for answer in answers) / options.seconds
     show_cpu(f"{rate:.0f} requests/s", loaded)
-    every = [seconds for samples in views.samples.values() for seconds in samples]
-    print(f"\n{'dispatch to view':>32}  {'p50 ms':>7}  {'p90 ms':>7}  {'p99 ms':>7}  {'samples':>8}")
-    for kind, samples in [*sorted(views.samples.items()), ("all", every)]:
-        shares = "  ".join(f"{1e3 * percentile(samples, share):7.1f}" for share in (0.5, 0.9, 0.99))
-        print(f"{kind:>32}  {shares}  {len(samples):8d}")
-    print(f"{'no host could beat':>32}  {floor_ms(0.5):7.1f}  {floor_ms(0.9):7.1f}  {floor_ms(0.99):7.1f}")
-    print(f"not seen within {0.4} s: {views.missed}; load generator late by at most {1e3 * fleet.load.late_s:.0f} ms")
-
-    progress("cutting all connections")
-    fleet.forget_snapshots()
-    begun_s = time.monotonic()
-    cut = plane.cut()
-    storm_s, storm_all_s = await fleet.wait_reconnected(begun_s, 0, 20.0)
-    print(f"\n{cut} connections cut: all have the fleet after {storm_s:.2f} s, all loads after {storm_all_s:.2f} s")
-    await asyncio.sleep(3.0)
-
-    progress("killing the control plane")
-    epoch = fleet.replicas[-1].epoch()
-    plane.kill()
-    plane.start()
-    begun_s = time.monotonic()
-    restart_s, restart_all_s = await fleet.wait_reconnected(begun_s, epoch, 90.0)
-    print(
-        f"control plane killed and started: from its first connection on, all have the new epoch's fleet after "
-        f"{restart_s:.2f} s, all loads after {restart_all_s:.2f} s"
-    )
+    samples, missed = views(answers)
+    every = [seconds for found in samples.values() for seconds in found]
+    print(f"\n{'dispatch to view':>20}  {'p50 ms':>7}  {'p90 ms':>7}  {'p99 ms':>7}  {'samples':>8}")
+    for kind, found in [*sorted(samples.items()), ("all", every)]:
+        shares = "  ".join(f"{1e3 * percentile(found, share):7.1f}" for share in (0.5, 0.9, 0.99))
+        print(f"{kind:>20}  {shares}  {len(found):8d}")
+    print(f"{'no host could beat':>20}  {floor_ms(0.5):7.1f}  {floor_ms(0.9):7.1f}  {floor_ms(0.99):7.1f}")
+    late_s = max(answer["late_s"] for answer in answers)
+    print(f"not seen within {PROBE_S} s: {missed}; load generators late by at most {1e3 * late_s:.0f} ms")
     agents = [cores for name, (cores, _) in loaded.items() if name.startswith("real-")]
+    to_agents = [seconds for kind, found in samples.items() if kind.endswith("real") for seconds in found]
     return {
         "cores": round(loaded["control plane"][0], 3),
         "agent_cores": round(max(agents), 3) if agents else None,
         "dispatch_to_other_view_p99_ms": round(1e3 * percentile(every, 0.99), 1),
-        "reconnect_storm_s": round(storm_s, 2),
+        "reconnect_storm_s": None,
         "targets": options.targets,
         "replicas": options.replicas,
         "real_agents": options.agents,
@@ -228,15 +282,40 @@ async def phases(options: argparse.Namespace, plane: ControlPlane, fleet: Fleet,
         "cores_idle": round(idle["control plane"][0], 3),
         "agent_cores_mean": round(statistics.fmean(agents), 3) if agents else None,
         "dispatch_to_other_view_p50_ms": round(1e3 * percentile(every, 0.5), 1),
-        "dispatch_to_agent_view_p99_ms": round(
-            1e3 * percentile([s for kind, x in views.samples.items() if kind.endswith("RealReplica") for s in x], 0.99),
-            1,
-        ),
+        "dispatch_to_agent_view_p99_ms": round(1e3 * percentile(to_agents, 0.99), 1) if to_agents else None,
         "floor_p99_ms": round(floor_ms(0.99), 1),
         "views": len(every),
-        "views_missed": views.missed,
+        "views_missed": missed,
         "waiting_for_core": round(loaded["control plane"][1], 3),
-        "reconnect_storm_with_loads_s": round(storm_all_s, 2),
+        "generator_late_ms": round(1e3 * late_s, 1),
+    }
+
+
+def storms(plane: ControlPlane, replicas: Replicas) -> dict[str, object]:
+    """All connections cut; then the control plane killed and started anew."""
+    progress("cutting all connections")
+    replicas.ask("forget")
+    begun_s = time.monotonic()
+    cut = plane.cut()
+    answers = replicas.ask(f"reconnected {begun_s} 0")
+    storm_s, loads_s = (max(answer[key] for answer in answers) for key in ("fleet_s", "loads_s"))
+    print(f"\n{cut} connections cut: all have the fleet after {storm_s:.2f} s, all loads after {loads_s:.2f} s")
+
+    time.sleep(SETTLE_S)
+    progress("killing the control plane")
+    epoch = replicas.ask("epoch")[0]
+    plane.kill()
+    plane.start()
+    begun_s = time.monotonic()
+    answers = replicas.ask(f"reconnected {begun_s} {epoch}")
+    restart_s, restart_loads_s = (max(answer[key] for answer in answers) for key in ("fleet_s", "loads_s"))
+    print(
+        f"control plane killed and started: from its first connection on, all have the new epoch's fleet after "
+        f"{restart_s:.2f} s, all loads after {restart_loads_s:.2f} s"
+    )
+    return {
+        "reconnect_storm_s": round(storm_s, 2),
+        "reconnect_storm_with_loads_s": round(loads_s, 2),
         "restart_s": round(restart_s, 2),
     }
 
@@ -247,13 +326,15 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=1000)
     parser.add_argument("--replicas", type=int, default=20)
     parser.add_argument("--agents", type=int, default=3, help="of the replicas, real agent processes")
+    parser.add_argument("--per-process", type=int, default=6, help="light replicas in one process")
     parser.add_argument("--requests-per-s", type=float, default=1000.0, help="of all replicas together")
     parser.add_argument("--seconds", type=float, default=30.0, help="of load")
     parser.add_argument("--idle-seconds", type=float, default=10.0)
+    parser.add_argument("--verbose", action="store_true", help="log what the light replicas say")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="twofold-bench-") as directory:
-        result = asyncio.run(bench(options, Path(directory)))
+        result = bench(options, Path(directory))
     print("RESULT " + json.dumps(result))
 
 

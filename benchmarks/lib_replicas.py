@@ -1,18 +1,22 @@
-"""Router replicas of a benchmark, in one process: real agents over shared memory, and light ones beside them.
+"""Router replicas of a benchmark: real agents over shared memory, and light ones beside them.
 
 Both kinds have the real link to the control plane (watch, reconnecting) and the real collector of changed accounts, fed
-by the same generated load. A light replica does not write the load of the others into a remote region; it notes only
-when it sees a probe. A real one is ``python -m router.agent`` with this process in the place of its relay.
+by generated load. A light replica does not write the load of the others into a remote region; it notes only when it
+sees a probe. A real one is ``python -m router.agent`` with this process in the place of its relay.
 
 How long a dispatch takes to another router's view is measured with probes: each replica has a target that nobody else
-uses, dispatches one request to it, and every other replica's view of that target is looked at afterwards. A real agent
-writes the moment at which a queue begins into the remote region itself (HEAD_SENT_S), a light one notes it; both are
-CLOCK_MONOTONIC, so nothing is polled.
+uses and dispatches one request to it now and then. A real agent writes the moment at which a queue begins into the
+remote region itself (HEAD_SENT_S), a light one notes it; all are CLOCK_MONOTONIC, which all processes share.
+
+Run as a program (several share the replicas, so that none is short of time) it takes commands on standard input, a line
+each, and answers each with a line of JSON.
 """
 
+import argparse
 import asyncio
 import heapq
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -22,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import msgspec
+import uvloop
 
 from router.agent.link import ControlPlaneLink, Credentials
 from router.agent.load import LoadCollector, SlotMap
 from router.agent.reporter import Reporter
 from router.routing import table as tables
-from router.routing.accounts import HEAD_SENT_S, INFLIGHT, ROW, AccountsWriter, Entry
+from router.routing.accounts import HEAD_SENT_S, ROW, AccountsWriter, Entry
 from router.routing.buffers import in_memory
 from router.routing.dirty_log import DirtyLog
 from router.routing.sent_prefixes import SentPrefixes
 from router.shm.layout import region_sizes, regions_of
 from router.shm.replica import AGENT, Region, SharedReplica
+from twofold import log as logs
 from twofold.model.fleet import FleetSnapshot
 from twofold.v1 import router_pb2 as pb
 
@@ -44,7 +49,8 @@ DECODE_S = (2.0, 8.0)
 OUTPUT_TOKENS = 200
 PROMPT_TOKENS, UNCACHED_TOKENS, WORK_S = 2000, 500, 0.05
 STEP_S = 0.005
-PROBE_SEEN_S = 0.4
+PROBE_S = 0.4
+CONNECT_S = 60.0
 
 
 class Replica:
@@ -60,8 +66,8 @@ class Replica:
         """Epoch of the table in force; 0 without one."""
         raise NotImplementedError
 
-    def saw(self, target_id: str, since_s: float) -> float | None:
-        """When this replica's view of a probe target began to show work, if it did after ``since_s``."""
+    def seen(self) -> dict[str, list[float]]:
+        """Owner of a probe target -> the moments at which this replica's view of it began to show work."""
         raise NotImplementedError
 
 
@@ -71,7 +77,8 @@ class LightReporter(Reporter):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.probe_ordinals: dict[str, int] = {}
-        self.seen_s: dict[str, float] = {}
+        self.seen_s: dict[str, list[float]] = {}
+        self._busy: set[str] = set()
         self.full: set[str] = set()
 
     def _receive(self, peer: pb.PeerLoad) -> None:
@@ -82,9 +89,10 @@ class LightReporter(Reporter):
         ordinal = self.probe_ordinals.get(name)
         if ordinal is not None and ordinal in load.ordinals:
             if not load.inflight[list(load.ordinals).index(ordinal)]:
-                self.seen_s.pop(name, None)
-            elif name not in self.seen_s:
-                self.seen_s[name] = time.monotonic()
+                self._busy.discard(name)
+            elif name not in self._busy:
+                self._busy.add(name)
+                self.seen_s.setdefault(name, []).append(time.monotonic())
 
 
 class LightReplica(Replica):
@@ -131,10 +139,9 @@ class LightReplica(Replica):
         """Epoch of its snapshot."""
         return self.link.snapshot.epoch if self.link.snapshot is not None else 0
 
-    def saw(self, target_id: str, since_s: float) -> float | None:
+    def seen(self) -> dict[str, list[float]]:
         """See Replica."""
-        seen_s = self.reporter.seen_s.get(probe_owner(target_id))
-        return seen_s if seen_s is not None and seen_s >= since_s else None
+        return self.reporter.seen_s
 
 
 class RealReplica(Replica):
@@ -147,6 +154,7 @@ class RealReplica(Replica):
         self._remote = regions_of(self.shared, AGENT).accounts.cast("d")
         self._version = 0
         self._epoch = 0
+        self._seen: dict[str, list[float]] = {}
         self.admin = f"http://127.0.0.1:{admin_port}"
         argv = [sys.executable, "-m", "router.agent", "--replica-id", name, "--replica-dir", str(directory)]
         argv += ["--control-plane", address, "--admin-port", str(admin_port), "--log-file", str(directory) + ".log"]
@@ -166,11 +174,17 @@ class RealReplica(Replica):
         self.refresh()
         return self._epoch
 
-    def saw(self, target_id: str, since_s: float) -> float | None:
+    def look(self, owners: dict[str, str]) -> None:
+        """Note what the agent wrote about the probe targets (target id -> owner) since the last look."""
+        for target_id, owner in owners.items():
+            sent_s = self._remote[self.slot_of[target_id] * ROW + HEAD_SENT_S]
+            seen = self._seen.setdefault(owner, [])
+            if sent_s and (not seen or sent_s != seen[-1]):
+                seen.append(sent_s)
+
+    def seen(self) -> dict[str, list[float]]:
         """See Replica."""
-        at = self.slot_of[target_id] * ROW
-        sent_s = self._remote[at + HEAD_SENT_S]
-        return sent_s if self._remote[at + INFLIGHT] and sent_s >= since_s else None
+        return self._seen
 
     def stop(self) -> None:
         """End the agent and remove the shared memory."""
@@ -178,14 +192,6 @@ class RealReplica(Replica):
         self.process.wait(10)
         self._remote.release()
         self.shared.remove()
-
-
-_OWNERS: dict[str, str] = {}
-
-
-def probe_owner(target_id: str) -> str:
-    """The replica whose probe target this is."""
-    return _OWNERS[target_id]
 
 
 class Load:
@@ -235,92 +241,88 @@ class Load:
         heapq.heappush(self._events, (at_s, next(self._numbers), do))
 
 
-class Views(msgspec.Struct):
-    """Seconds from a dispatch to another router's view, by kind of sender and viewer."""
-
-    samples: dict[str, list[float]]
-    missed: int = 0
-
-
-async def probe(sender: Replica, others: list[Replica], target_id: str, views: Views, rng: random.Random) -> None:
-    """Dispatch to a target of one's own again and again, and look when the others saw it; until cancelled."""
+async def probe(sender: Replica, target_id: str, sent_s: list[float], rng: random.Random) -> None:
+    """Dispatch to a target of one's own again and again and note when; until cancelled."""
     entry: Entry | None = None
     try:
         while True:
-            await asyncio.sleep(rng.uniform(PROBE_SEEN_S, 2 * PROBE_SEEN_S))
-            now_s = time.monotonic()
-            entry = sender.out.dispatch(sender.slot_of[target_id], UNCACHED_TOKENS, PROMPT_TOKENS, WORK_S, now_s)
-            await asyncio.sleep(PROBE_SEEN_S)
-            for other in others:
-                seen_s = other.saw(target_id, now_s)
-                if seen_s is None:
-                    views.missed += 1
-                else:
-                    kind = f"{type(sender).__name__} to {type(other).__name__}"
-                    views.samples.setdefault(kind, []).append(seen_s - now_s)
+            await asyncio.sleep(rng.uniform(PROBE_S, 2 * PROBE_S))
+            sent_s.append(time.monotonic())
+            entry = sender.out.dispatch(sender.slot_of[target_id], UNCACHED_TOKENS, PROMPT_TOKENS, WORK_S, sent_s[-1])
+            await asyncio.sleep(PROBE_S)
             sender.out.finish(entry)
     finally:
         if entry is not None:
             sender.out.finish(entry)
 
 
-class Fleet:
-    """All replicas, their load and their probes."""
+class Group:
+    """The replicas of one process, their load and their probes. ``options``: see ``main``."""
 
-    def __init__(self, address: str, directory: Path, light: int, real: int, admin_ports: list[int]) -> None:
-        self.light = [LightReplica(f"light-{i}", address) for i in range(light)]
-        self.real = [RealReplica(f"real-{i}", address, directory / f"real-{i}", admin_ports[i]) for i in range(real)]
-        self.replicas: list[Replica] = [*self.real, *self.light]
-        self.load: Load | None = None
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        ports = [int(port) for port in options.admin_ports.split(",") if port]
+        directory = Path(options.directory)
+        self.light = [LightReplica(f"light-{i}", options.address) for i in range(*map(int, options.light.split("-")))]
+        self.real = [
+            RealReplica(f"real-{i}", options.address, directory / f"real-{i}", port) for i, port in enumerate(ports)
+        ]
+        self.replicas: list[Replica] = [*self.light, *self.real]
+        self._owners: dict[str, str] = {}
+        self._load: Load | None = None
         self._links: list[asyncio.Task[None]] = []
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def connect(self, targets: int, timeout_s: float) -> None:
-        """Start the links and wait until everybody has the fleet. Raises TimeoutError."""
+    async def connect(self) -> dict[str, int]:
+        """Start the links and wait until everybody has the fleet; pids of the agents. Raises TimeoutError."""
         self._links = [asyncio.create_task(replica.link.run()) for replica in self.light]
-        async with asyncio.timeout(timeout_s):
-            while any(len(replica.slot_of) < targets for replica in self.replicas):
+        async with asyncio.timeout(CONNECT_S):
+            while any(len(replica.slot_of) < self._options.targets for replica in self.replicas):
                 await asyncio.sleep(0.1)
                 for replica in self.real:
                     replica.refresh()
+        return {replica.name: replica.process.pid for replica in self.real}
 
-    def begin_load(self, requests_per_s: float, seed: int) -> None:
-        """Begin to write load."""
-        names = sorted(self.light[0].slot_of if self.light else self.real[0].slot_of)
-        self.load = Load(self.replicas, requests_per_s, seed)
-        self.load.targets = names[len(self.replicas) :]
-        self._assign_probes(names)
-        self._tasks.append(asyncio.create_task(self.load.run()))
-
-    def _assign_probes(self, names: list[str]) -> None:
-        for replica, target_id in zip(self.replicas, names, strict=False):
-            _OWNERS[target_id] = replica.name
+    def begin_load(self) -> None:
+        """Begin to write load. The first targets are for probes, one for each replica of all processes."""
+        names = sorted(self.replicas[0].slot_of)
+        everybody = self._options.everybody.split(",")
+        self._owners = dict(zip(names, everybody, strict=False))
+        self._load = Load(self.replicas, self._options.requests_per_s, self._options.seed)
+        self._load.targets = names[len(everybody) :]
         for light in self.light:
             assert light.link.snapshot is not None
             ordinals = {target.target_id: target.ordinal for target in light.link.snapshot.targets}
-            light.reporter.probe_ordinals = {owner: ordinals[target_id] for target_id, owner in _OWNERS.items()}
+            light.reporter.probe_ordinals = {owner: ordinals[target_id] for target_id, owner in self._owners.items()}
+        self._tasks.append(asyncio.create_task(self._load.run()))
 
-    async def measure(self, seconds: float, seed: int) -> Views:
-        """Probe for some time."""
-        views = Views(samples={})
+    async def measure(self, seconds: float) -> dict[str, Any]:
+        """Probe for some time: moments of dispatches, moments at which they were seen, requests, lateness."""
+        assert self._load is not None
+        self._load.late_s, before = 0.0, self._load.sent
         by_name = {replica.name: replica for replica in self.replicas}
+        sent: dict[str, list[float]] = {name: [] for name in by_name}
         tasks = [
             asyncio.create_task(
-                probe(
-                    by_name[owner],
-                    [other for other in self.replicas if other.name != owner],
-                    target_id,
-                    views,
-                    random.Random(f"{seed} {owner}"),
-                )
+                probe(by_name[owner], target_id, sent[owner], random.Random(f"{self._options.seed} {owner}"))
             )
-            for target_id, owner in _OWNERS.items()
+            for target_id, owner in self._owners.items()
+            if owner in by_name
         ]
-        await asyncio.sleep(seconds)
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            await asyncio.sleep(PROBE_S / 4)
+            for replica in self.real:
+                replica.look(self._owners)
+        requests, late_s = self._load.sent - before, self._load.late_s
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        return views
+        await asyncio.sleep(2 * PROBE_S)
+        for replica in self.real:
+            replica.look(self._owners)
+        seen = {replica.name: replica.seen() for replica in self.replicas}
+        return {"sent": sent, "seen": seen, "requests": requests, "late_s": late_s}
 
     def forget_snapshots(self) -> None:
         """Light replicas ask for everything when they connect the next time."""
@@ -328,35 +330,35 @@ class Fleet:
             replica.link.snapshot = None
             replica.reporter.full.clear()
 
-    async def wait_reconnected(self, begun_s: float, epoch: int, timeout_s: float) -> tuple[float, float]:
+    async def wait_reconnected(self, begun_s: float, epoch: int) -> dict[str, float]:
         """Wait until everybody watches and reports again with the fleet of an epoch other than ``epoch`` (0: any).
 
-        Returns (seconds until all have the fleet, until all report and light ones know all others' load again).
+        Seconds until all have the fleet, and until all report and know all others' load again.
         """
         fleet_s = 0.0
-        deadline_s = time.monotonic() + timeout_s
+        others = len(self._options.everybody.split(",")) - 1
+        deadline_s = time.monotonic() + CONNECT_S
         async with aiohttp.ClientSession() as session:
             while True:
                 waiting = [
-                    replica
+                    replica.name
                     for replica in self.light
                     if replica.link.snapshot is None or replica.epoch() == epoch or replica.snapshot_s < begun_s
                 ]
                 states = [await _state(session, replica.admin) for replica in self.real]
-                late = [
-                    state
+                waiting += [
+                    state["replica_id"]
                     for state in states
                     if not state["control_plane"]["connected"] or state["received"]["epoch"] == epoch
                 ]
-                if not waiting and not late:
+                if not waiting:
                     fleet_s = fleet_s or time.monotonic() - begun_s
-                    others = len(self.replicas) - 1
-                    if all(len(replica.reporter.full) >= others for replica in self.light) and all(
-                        state["control_plane"]["reporting"] and len(state["peers"]) == others for state in states
-                    ):
-                        return fleet_s, time.monotonic() - begun_s
+                    waiting = [replica.name for replica in self.light if len(replica.reporter.full) < others]
+                    waiting += [state["replica_id"] for state in states if len(state["peers"]) < others]
+                    if not waiting:
+                        return {"fleet_s": fleet_s, "loads_s": time.monotonic() - begun_s}
                 if time.monotonic() > deadline_s:
-                    raise TimeoutError(f"not back: {[replica.name for replica in waiting]}, {late or states}")
+                    raise TimeoutError(f"not back: {waiting}")
                 await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
@@ -372,3 +374,51 @@ async def _state(session: aiohttp.ClientSession, admin: str) -> dict[str, Any]:
     async with session.get(f"{admin}/debug/state") as reply:
         state: dict[str, Any] = await reply.json()
         return state
+
+
+async def obey(options: argparse.Namespace) -> None:
+    """Carry out commands until "quit" or the end of standard input."""
+    group = Group(options)
+    loop = asyncio.get_running_loop()
+    try:
+        answer: Any = await group.connect()
+        while True:
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+            command, *words = (await loop.run_in_executor(None, sys.stdin.readline)).split() or ["quit"]
+            answer = None
+            if command == "load":
+                group.begin_load()
+            elif command == "measure":
+                answer = await group.measure(float(words[0]))
+            elif command == "forget":
+                group.forget_snapshots()
+            elif command == "epoch":
+                answer = group.replicas[0].epoch()
+            elif command == "reconnected":
+                answer = await group.wait_reconnected(float(words[0]), int(words[1]))
+            else:
+                break
+    finally:
+        await group.stop()
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--address", required=True, help="host:port of the control plane")
+    parser.add_argument("--light", default="0-0", help="light replicas: first-end")
+    parser.add_argument("--admin-ports", default="", help="of real agents")
+    parser.add_argument("--everybody", required=True, help="names of the replicas of all processes")
+    parser.add_argument("--targets", type=int, required=True)
+    parser.add_argument("--directory", required=True, help="for shared memory and logs")
+    parser.add_argument("--requests-per-s", type=float, required=True, help="of this process")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--log-level", default="error")
+    options = parser.parse_args()
+    logs.configure("replicas", level=options.log_level)
+    uvloop.run(obey(options))
+
+
+if __name__ == "__main__":
+    main()
