@@ -12,7 +12,7 @@ PEERS ?= nginx,vllm-router,sglang-router
 PYTEST_ARGS ?=
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo up test test-source test-wheel test-vllm lint soak proto lock replay-mooncake bench-calibration bench-decision bench-dataplane bench-probes bench-controlplane clean
+.PHONY: help demo up test test-source test-wheel test-vllm lint soak proto lock replay-mooncake bench-calibration bench-decision bench-kvevents bench-dataplane bench-probes bench-controlplane clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ replay-mooncake: $(STAMP) ## replay TRACE=path of a Mooncake trace through 2 rep
 
 bench-decision: $(STAMP) ## cost of one routing decision
 	@$(BIN)/python benchmarks/bench_decision.py
+
+bench-kvevents: $(STAMP) ## taking in KV events, looking prompts up, hashing them
+	@$(BIN)/python benchmarks/bench_kvevents.py $(ARGS)
 
 bench-probes: $(STAMP) ## CPU of probing 100 workers, and of an engine per scrape (ARGS=--vllm: a real one)
 	@PYTHONPATH=. $(BIN)/python benchmarks/bench_probes.py $(ARGS)
