@@ -251,12 +251,14 @@ class EngineModel:
                 break
             self.waiting.pop()
             self.pool.touch(hit)
-            cached = len(hit) * block_size
+            local = len(hit) * block_size
+            cached = max(local, min(request.remote_tokens // block_size, limit) * block_size)
+            request.remote_tokens = 0  # handed over once: after a preemption they are gone
             request.blocks = hit
             request.stored_blocks = len(hit)
             request.computed_tokens = cached
             if request.cached_tokens is None:
-                self._count_admission(request, cached)
+                self._count_admission(request, cached, local)
                 request.first_scheduled_s = now_s
                 admitted.append(request)
             else:
@@ -272,11 +274,11 @@ class EngineModel:
         self.waiting.restore()
         return budget
 
-    def _count_admission(self, request: Request, cached: int) -> None:
+    def _count_admission(self, request: Request, cached: int, local: int) -> None:
         request.cached_tokens = cached
         counters = self.counters
         counters.prefix_cache_queries += request.prompt_tokens if self.prefix_caching and request.read_cache else 0
-        counters.prefix_cache_hits += cached
+        counters.prefix_cache_hits += local
 
     def _assign(self, request: Request, needed: int, new_tokens: int) -> None:
         if needed > 0:
@@ -314,7 +316,7 @@ class EngineModel:
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
-        request.blocks = []
+        request.last_blocks, request.blocks = request.blocks, []
         request.stored_blocks = 0
 
     def _duration(self, scheduled: list[Request]) -> tuple[float, int]:

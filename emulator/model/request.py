@@ -46,6 +46,8 @@ class Request:
     ``cache_salt`` keeps the request's blocks apart from those of other salts, ``adapter`` from those of other adapters
     and of the base model. ``read_cache=False`` computes the whole prompt, as vLLM does where prompt logprobs are asked
     for; its blocks are stored all the same. ``source``: where the output comes from, the plain chain if None.
+    ``remote_tokens``, to be set before ``EngineModel.add``: leading tokens whose KV another engine hands over.
+    ``last_blocks``: the blocks held at the end.
     """
 
     __slots__ = (
@@ -65,6 +67,7 @@ class Request:
         "hashes",
         "ids",
         "ignore_eos",
+        "last_blocks",
         "last_token_s",
         "max_tokens",
         "min_tokens",
@@ -74,6 +77,7 @@ class Request:
         "prompt_tokens",
         "read_cache",
         "ready_s",
+        "remote_tokens",
         "request_id",
         "scheduled_tokens",
         "status",
@@ -109,6 +113,8 @@ class Request:
         self.max_tokens = max_tokens
         self.arrival_s = arrival_s
         self.ready_s = 0.0
+        self.remote_tokens = 0
+        self.last_blocks: list[int] = []
         self.priority = priority
         self.min_tokens = min_tokens
         self.natural_end = natural_end

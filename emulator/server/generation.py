@@ -258,6 +258,8 @@ class Generation:
                     source=source,
                     read_cache=call.prompt_logprobs is None,
                 )
+                if call.kv_transfer and self.engine.connector is not None:
+                    request.remote_tokens = self.engine.connector.remote_tokens(call.kv_transfer, len(prompt))
                 self.choices.append(Choice(self, index, prompt_index, request))
         self.unfinished = len(self.choices)
         self.exchange.on_disconnect = self.abandon
@@ -321,8 +323,9 @@ class Generation:
         raise NotImplementedError
 
     def kv_transfer_params(self) -> dict[str, Any] | None:
-        """What an engine with a KV connector tells of the blocks that it keeps for another one."""
-        return None
+        """What an engine with a KV connector tells of the first choice's blocks, where another one is to go on."""
+        connector = self.engine.connector
+        return None if connector is None else connector.offered(self.call.kv_transfer, self.choices[0].request)
 
     def send_event(self, data: bytes) -> None:
         """Send one SSE event without a name."""

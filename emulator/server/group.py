@@ -10,6 +10,7 @@ from collections.abc import Callable
 from emulator.model import Adapter, FinishReason, Request
 from emulator.server.engine import PauseMode, RealTimeEngine, Sink
 from emulator.server.errors import ApiError
+from emulator.server.kv_transfer import KvConnector
 from emulator.server.metrics import Siblings
 
 STATISTICS_AGE_S = 0.1
@@ -34,6 +35,8 @@ class EngineGroup:
     ) -> None:
         self.ranks = ranks
         self.dead = False
+        self.connector: KvConnector | None = None
+        """Set where other engines may pull this one's KV blocks."""
         self._max_queued_requests = max_queued_requests
         self._max_queued_tokens = max_queued_tokens
         self._count_rejection = count_rejection
@@ -130,6 +133,11 @@ class Lane:
     def now_s(self) -> float:
         """The engines' clock."""
         return self._group.ranks[0].now_s
+
+    @property
+    def connector(self) -> KvConnector | None:
+        """What the engines say of blocks that others may pull; None without a connector."""
+        return self._group.connector
 
     @property
     def adapter(self) -> Adapter | None:

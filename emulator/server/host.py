@@ -21,6 +21,7 @@ from emulator.server.faults import FaultError, FaultRequest, Faults
 from emulator.server.group import EngineGroup
 from emulator.server.http import HttpConnection
 from emulator.server.kv_events import KvFeeds, read_config
+from emulator.server.kv_transfer import SIDE_CHANNEL_PORT, KvConnector
 from emulator.server.lora import read_modules
 from emulator.server.metrics import EngineMetrics
 from emulator.server.page import PortMetrics
@@ -65,6 +66,8 @@ class EngineHost:
             max_queued_tokens=settings.max_num_queued_tokens,
             count_rejection=metrics.count_rejection,
         )
+        if settings.enable_kv_transfer:
+            self.group.connector = KvConnector.new(settings.host, SIDE_CHANNEL_PORT + self.index)
         self.app = EngineApp(
             self.group,
             EngineSettings(

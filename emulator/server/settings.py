@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     num_redundant_experts: Annotated[int, _doc("redundant experts at the start")] = 0
     enable_dev_mode: Annotated[bool, _doc("serve vLLM's development endpoints: pause, sleep, caches, ...")] = False
     enable_scale_out: Annotated[bool, _doc("serve /inference/v1/* and */render, which answer 403 otherwise")] = False
+    enable_kv_transfer: Annotated[bool, _doc("answer kv_transfer_params as vLLM's NixlConnector does")] = False
     tool_call_parser: Annotated[str, _doc("hermes, or nothing to refuse tools as vLLM does without one")] = "hermes"
     shutdown_timeout: Annotated[float, _doc("seconds that running streams get to finish after SIGTERM")] = 0.0
     ready_file: Annotated[str, _doc("file to write the listening ports to, as JSON, once all are open")] = ""

@@ -6,6 +6,7 @@ the engine of the recordings did, started with ``--enable-prompt-tokens-details`
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -65,9 +66,19 @@ class Emulator:
         self.process.wait(10)
 
 
+def kv_events_flags() -> list[str]:
+    """KV events as the engine of the recordings published them, on ports that were free a moment ago."""
+    with socket.socket() as live, socket.socket() as replay:
+        for probe in (live, replay):
+            probe.bind(("127.0.0.1", 0))
+        ports = [probe.getsockname()[1] for probe in (live, replay)]
+    config = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{ports[0]}"}
+    return ["--kv-events-config", json.dumps({**config, "replay_endpoint": f"tcp://127.0.0.1:{ports[1]}"})]
+
+
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    running = Emulator(tmp_path_factory.mktemp("emulator"), "--enable-scale-out")
+    running = Emulator(tmp_path_factory.mktemp("emulator"), "--enable-scale-out", *kv_events_flags())
     yield running
     running.kill()
 

@@ -15,9 +15,7 @@ RECORDINGS = Path(__file__).parent / "recordings"
 CASES = sorted(f"{path.parent.name}/{path.stem}" for name in ("http", "more") for path in (RECORDINGS / name).iterdir())
 """Folder and name: "http" is the first set, "more" what ``record.py`` asked later."""
 
-DIFFERENT_ON_EMULATOR: dict[str, str] = {
-    "http/kv_event_sources": "the emulator under test publishes no KV events",
-}
+DIFFERENT_ON_EMULATOR: dict[str, str] = {}
 """Cases in which the emulator is known to differ, with the reason; each must really differ."""
 
 
