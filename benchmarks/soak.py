@@ -24,7 +24,7 @@ from lib_soak_load import Mix, SoakLoad
 
 from controlplane.discovery.fleet_file import FleetFile
 from twofold.cli.demo_fleet import engine_admin_urls, on_free_ports
-from twofold.cli.fleet_runner import Fleet
+from twofold.cli.fleet_runner import Fleet, FleetStartError
 from twofold.replay import engines
 from twofold.replay.client import Client, parse_url
 from twofold.replay.compare import worst_lateness
@@ -337,9 +337,16 @@ async def soak(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when nothing was wrong, grew or was left behind; 1 otherwise."""
+    """0 when nothing was wrong, grew or was left behind; 1 otherwise; 130 when interrupted."""
     arguments = parse(argv)
-    result = uvloop.run(soak(arguments))
+    try:
+        result = uvloop.run(soak(arguments))
+    except KeyboardInterrupt:
+        note("interrupted; the fleet has ended")
+        return 130
+    except (FleetStartError, OSError, RuntimeError) as error:
+        note(f"failed: {error}")
+        return 1
     print(table(result))
     print(
         f"\n{result['requests']} requests, {result['errors']} errors, {result['disconnects']} clients left; "
