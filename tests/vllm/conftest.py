@@ -24,7 +24,7 @@ import pytest
 from support.fleets import watched_fleet
 from support.up import Up
 
-from .vllm_engine import VllmEngine, start_all, stop_all
+from .vllm_engine import VllmEngine, free_port, kv_events_args, start_all, stop_all
 
 _HERE = Path(__file__).parent
 _TIMEOUT_S = 600
@@ -65,8 +65,15 @@ def clients_venv() -> Path:
 
 @pytest.fixture(scope="session")
 def engines(vllm_venv: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sequence[VllmEngine]]:
-    """Two ready engines of the tiny model, shared by the whole session."""
-    pair = [VllmEngine(venv=vllm_venv, folder=tmp_path_factory.mktemp(f"engine{i}-")) for i in range(2)]
+    """Two ready engines of the tiny model, shared by the whole session; they publish KV events, as was recorded."""
+    pair = [
+        VllmEngine(
+            venv=vllm_venv,
+            folder=tmp_path_factory.mktemp(f"engine{i}-"),
+            args=kv_events_args(free_port(), free_port()),
+        )
+        for i in range(2)
+    ]
     start_all(pair)
     yield pair
     stop_all(pair)
