@@ -1,7 +1,7 @@
 """The price of a candidate: what it costs the fleet and how long the client waits (docs/routing.md)."""
 
 from collections.abc import Collection, Iterable, Sequence
-from math import ceil
+from math import ceil, inf
 
 from router.routing.accounts import Load
 from router.routing.state import FleetView, PoolState, TargetState
@@ -47,9 +47,12 @@ def examine(
     margin_s: float,
     exclude: Collection[int],
     now_s: float,
-) -> list[ExaminedTarget]:
-    """Eligibility and price of the targets at ``slots`` (those that the pool has), in their ``roles``:
-    ``(1 - alpha) * own_reference + alpha * (own + wait) + margin``.
+    examined: list[ExaminedTarget],
+    best: ExaminedTarget | None = None,
+) -> ExaminedTarget | None:
+    """Appends to ``examined`` the targets at ``slots`` (those that the pool has), in their ``roles``, with eligibility
+    and price: ``(1 - alpha) * own_reference + alpha * (own + wait) + margin``. Returns the cheapest that is eligible,
+    the first of equals; ``best`` unless one is cheaper.
 
     own: prefill of the uncached tokens behind the cached ones here; own_reference: the same at the pool's reference
     speed, because a second on a slow GPU is cheap; wait: queued prefill work still to do, the rest of the running
@@ -58,7 +61,7 @@ def examine(
     by_slot, loads = pool.by_slot, view.load
     tokens, chain, reported = request.prompt_tokens, request.chain, request.block_hashes
     particular = bool(exclude or request.adapter)
-    examined = []
+    least_s = inf if best is None else best.price_s
     for number, slot in enumerate(slots):
         role = roles[number]
         state = by_slot.get(slot)
@@ -104,31 +107,36 @@ def examine(
         if decodes:
             # An engine in the middle of a step is on average half through it.
             wait_s += 0.5 * step_s
-        examined.append(
-            ExaminedTarget(
-                slot,
-                state.target_id,
-                role,
-                _ELIGIBLE,
-                cached,
-                uncached,
-                own_s,
-                own_reference_s,
-                wait_s,
-                margin_s,
-                (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s,
-                correction,
-            )
+        price_s = (1.0 - alpha) * own_reference_s + alpha * (own_s + wait_s) + margin_s
+        candidate = ExaminedTarget(
+            slot,
+            state.target_id,
+            role,
+            _ELIGIBLE,
+            cached,
+            uncached,
+            own_s,
+            own_reference_s,
+            wait_s,
+            margin_s,
+            price_s,
+            correction,
         )
-    return examined
+        examined.append(candidate)
+        if price_s < least_s:
+            best, least_s = candidate, price_s
+    return best
 
 
 def _reported_tokens(view: FleetView, state: TargetState, request: RequestFeatures, load: Load) -> int:
     """Leading prompt tokens on the target by what its engine reports, where it does; or by what is queued there, where
     that is more: the engine reports a block only once it is computed."""
-    known = view.kv.leading_blocks(state.slot, request.block_hashes) if view.kv is not None else -1
-    # Without a view of the engine's cache, all that was sent within its capacity counts; with one, what is queued.
-    window_tokens = load.queued_tokens if known >= 0 else state.kv_capacity_tokens
+    kv, slot = view.kv, state.slot
+    known = kv.leading_blocks(slot, request.block_hashes) if kv is not None else -1
+    # Without an exact view of the engine's cache, all that was sent within its capacity counts; with one, what is
+    # queued.
+    exact = kv is not None and known >= 0 and kv.is_exact(slot)
+    window_tokens = load.queued_tokens if exact else state.kv_capacity_tokens
     chunks = 0
     if request.chain and window_tokens:
         chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, window_tokens)

@@ -130,6 +130,9 @@ class KvView(Protocol):
     def leading_blocks(self, slot: int, hashes: Sequence[int]) -> int:
         """Leading blocks of a chain that the target at ``slot`` holds; -1 where nothing is known of its cache."""
 
+    def is_exact(self, slot: int) -> bool:
+        """Whether nothing is held there beyond what ``leading_blocks`` tells."""
+
     def last_storer(self, hashes: Sequence[int]) -> tuple[int, int] | None:
         """(slot, leading blocks) of the target that last stored the deepest block still held by any; None without."""
 

@@ -146,7 +146,7 @@ def test_an_escape_that_is_not_looked_for_could_not_have_won(seed: int, chunks: 
     for state in pool.targets:
         if state.slot not in homes:
             roles = (TargetRole.ESCAPE,)
-            (passed,) = examine(live, pool, (state.slot,), roles, asked, 0.3, margin_s, frozenset(), NOW)
+            passed = examine(live, pool, (state.slot,), roles, asked, 0.3, margin_s, frozenset(), NOW, [])
             assert least in homes or passed.price_s >= decision.chosen.price_s
 
 
@@ -156,9 +156,13 @@ class Caches:
     def __init__(self, leading: dict[int, int], last: int | None) -> None:
         self.leading = leading
         self.last = last
+        self.exact = True
 
     def leading_blocks(self, slot: int, hashes: Sequence[int]) -> int:
         return min(self.leading.get(slot, -1), len(hashes))
+
+    def is_exact(self, slot: int) -> bool:
+        return self.exact
 
     def last_storer(self, hashes: Sequence[int]) -> tuple[int, int] | None:
         return None if self.last is None else (self.last, self.leading[self.last])
@@ -184,6 +188,19 @@ def test_what_an_engine_reports_replaces_the_estimate_and_the_last_storer_is_exa
     assert (decision.slot, decision.reason) == (first.slot, RouteReason.HOME)
     assert decision.cached_tokens == 20 * 256
     assert live.decide(request(chain), NOW).cached_tokens == 20 * 256, "without block hashes the estimate counts"
+
+
+def test_a_partial_report_is_a_lower_bound() -> None:
+    live = one_live(snapshot([target(0)]))
+    chain = chain_of(3, 20)
+    serve(live, request(chain))
+    asked = request(chain, block_hashes=chain_of(4, 320))
+    live.kv = kv = Caches({0: 7}, None)
+    assert live.decide(asked, NOW).cached_tokens == 7 * 16
+    kv.exact = False
+    assert live.decide(asked, NOW).cached_tokens == 20 * 256, "more may be there: what was sent counts too"
+    kv.leading[0] = 319
+    assert live.decide(asked, NOW).cached_tokens == 20 * 256
 
 
 def test_a_prompt_that_is_queued_counts_as_cached_before_the_engine_reports_it() -> None:
