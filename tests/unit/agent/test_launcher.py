@@ -1,5 +1,6 @@
 """Launcher: settings, sockets, and the backoff of one child."""
 
+import resource
 import signal
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from router.children import BACKOFF_FIRST_S, BACKOFF_MAX_S, HEALTHY_AFTER_S, Child
-from router.launcher import LaunchError, LauncherSettings, bind, bind_relays
+from router.launcher import LaunchError, LauncherSettings, bind, bind_relays, raise_file_limit
 from twofold import settings
 
 
@@ -118,3 +119,13 @@ def test_a_child_gets_its_signals_unblocked_and_only_its_descriptors() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
         given.close()
         kept.close()
+
+
+def test_children_may_open_all_the_files_that_the_user_may() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(64, before[0] // 2), before[1]))
+    try:
+        assert raise_file_limit() == before[1]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
