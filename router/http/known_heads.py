@@ -2,13 +2,14 @@
 
 The requests of a client differ in the length of their bodies, the responses of a worker in that and, once a second, in
 the date. A head is remembered without the digits of its length: whoever sends the same bytes around other digits gets
-the same head with another length. Only heads that the strict parsers took are remembered, and digits for digits change
-nothing in what they checked.
+the same head with another length. Only heads that the strict parsers took are remembered, and digits in the place of
+digits change nothing in what they checked.
 """
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
 from router.http.forward import client_request_id, lines_for_client, lines_for_worker
 from router.http.head import RequestHead, parse_head
@@ -18,78 +19,91 @@ MAX_HEADS = 256
 MAX_HEAD_BYTES = 2048
 _MAX_DIGITS = 12
 _NAMES = (b"\r\ncontent-length: ", b"\r\nContent-Length: ")
+_END = b"\r\n\r\n"
 
 _Head = TypeVar("_Head", RequestHead, ResponseHead)
 
 
-def without_length(head: bytes) -> tuple[bytes, int | None]:
-    """``head`` without the digits of its Content-Length, and the length.
+def split_length(head: bytes) -> tuple[bytes, bytes, bytes]:
+    """``head`` in front of the digits of its Content-Length, the digits, and behind them.
 
-    (``head``, None) where it has none in plain form; b"" for a head that is not to be remembered.
+    (``head``, b"", b"") where it has none in plain form.
     """
     at = head.find(_NAMES[0])
     if at < 0:
         at = head.find(_NAMES[1])
         if at < 0:
-            return head, None
+            return head, b"", b""
     start = at + 18
     end = head.find(b"\r\n", start)
-    if end < 0:
-        end = len(head)
     digits = head[start:end]
     if not digits.isdigit() or len(digits) > _MAX_DIGITS:
-        return b"", None
-    return head[:start] + head[end:], int(digits)
+        return head, b"", b""
+    return head[:start], digits, head[end:]
 
 
-class RequestHeads:
-    """Parses request heads and remembers them with the lines that they send on."""
+class KnownHeads(Generic[_Head]):
+    """A parser of heads that remembers what it parsed. ``recall`` is for the usual case: the same head once more."""
 
-    __slots__ = ("_known", "_max_headers")
+    __slots__ = ("_after", "_before", "_digits_at", "_known", "_last", "_parse")
 
-    def __init__(self, max_headers: int) -> None:
-        self._max_headers = max_headers
-        self._known: dict[bytes, RequestHead] = {}
+    def __init__(self, parse: Callable[[bytes], _Head]) -> None:
+        self._parse: Callable[[bytes], _Head] = parse
+        self._known: dict[bytes, _Head] = {}
+        self._last: _Head | None = None
+        self._before = self._after = b""
+        self._digits_at = 0
 
-    def read(self, data: bytes) -> RequestHead:
-        """The head of ``data``, its empty line included. Raises HttpError as ``parse_head`` does."""
-        key, length = without_length(data)
+    @property
+    def remembered(self) -> int:
+        """How many heads are remembered; at most MAX_HEADS."""
+        return len(self._known)
+
+    def recall(self, buffer: bytes) -> tuple[_Head, int] | None:
+        """The head at the beginning of ``buffer`` and where it ends, if it is the one read last but for its length."""
+        head = self._last
+        if head is None or not buffer.startswith(self._before):
+            return None
+        start = self._digits_at
+        end = buffer.find(b"\r", start, start + _MAX_DIGITS + 1)
+        digits = buffer[start:end]
+        if end < 0 or not digits.isdigit() or not buffer.startswith(self._after, end):
+            return None
+        return replace(head, content_length=int(digits)), end + len(self._after)
+
+    def read(self, data: bytes) -> _Head:
+        """The head of ``data``, its empty line included. Raises what the parser does."""
+        before, digits, after = split_length(data)
+        key = before + after
         head = self._known.get(key)
         if head is None:
-            head = parse_head(data, self._max_headers)
-            head = msgspec.structs.replace(
-                head, worker_lines=lines_for_worker(head), request_id=client_request_id(head) or b""
-            )
-            _remember(self._known, key, head)
-        elif head.content_length != length and length is not None:
-            return msgspec.structs.replace(head, content_length=length)
-        return head
+            head = self._parse(data)
+            if len(key) > MAX_HEAD_BYTES:
+                return head
+            if len(self._known) >= MAX_HEADS:
+                self._known.clear()
+            self._known[key] = head
+        if not digits:
+            return head
+        self._last, self._before, self._after, self._digits_at = head, before, after, len(before)
+        return replace(head, content_length=int(digits))
 
 
-class ResponseHeads:
-    """Parses the heads of workers' responses and remembers them with the lines that clients get."""
+def request_heads(max_headers: int) -> KnownHeads[RequestHead]:
+    """Request heads with the lines that they send on. Reading raises HttpError."""
 
-    __slots__ = ("_known",)
+    def parse(data: bytes) -> RequestHead:
+        head = parse_head(data, max_headers)
+        return replace(head, worker_lines=lines_for_worker(head), request_id=client_request_id(head) or b"")
 
-    def __init__(self) -> None:
-        self._known: dict[bytes, ResponseHead] = {}
-
-    def read(self, data: bytes) -> ResponseHead:
-        """The head of ``data``, without its empty line. Raises BadResponse as ``parse_response_head`` does."""
-        key, length = without_length(data)
-        head = self._known.get(key)
-        if head is None:
-            head = parse_response_head(data)
-            head = msgspec.structs.replace(head, client_lines=lines_for_client(head))
-            _remember(self._known, key, head)
-        elif head.content_length != length and length is not None:
-            return msgspec.structs.replace(head, content_length=length)
-        return head
+    return KnownHeads(parse)
 
 
-def _remember(known: dict[bytes, _Head], key: bytes, head: _Head) -> None:
-    if not 0 < len(key) <= MAX_HEAD_BYTES:
-        return
-    if len(known) >= MAX_HEADS:
-        known.clear()
-    known[key] = head
+def response_heads() -> KnownHeads[ResponseHead]:
+    """Heads of workers' responses with the lines that clients get. Reading raises BadResponse."""
+
+    def parse(data: bytes) -> ResponseHead:
+        head = parse_response_head(data.removesuffix(_END))
+        return replace(head, client_lines=lines_for_client(head))
+
+    return KnownHeads(parse)

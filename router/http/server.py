@@ -9,7 +9,7 @@ from router.http.chunked import ChunkedDecoder, FramingError
 from router.http.exchange import ClientExchange, Handler, Reply, Request
 from router.http.forward import response_head
 from router.http.head import HttpError, RequestHead
-from router.http.known_heads import RequestHeads
+from router.http.known_heads import request_heads
 from router.http.limits import BufferBudget, HttpLimits
 from twofold.model.reasons import RejectReason
 
@@ -28,7 +28,7 @@ class HttpServer:
         self.limits = limits
         self.budget = budget
         self.clock = clock
-        self.heads = RequestHeads(limits.header_count)
+        self.heads = request_heads(limits.header_count)
         self.connections: set[ClientConnection] = set()
         self.draining = False
 
@@ -262,32 +262,34 @@ class ClientConnection(asyncio.Protocol):
             self._processing = False
 
     def _read_head(self) -> None:
-        server = self._server
-        limits = server.limits
-        buffer = self._buffer
-        if buffer.startswith(b"\r\n"):
-            # Empty lines before a request line are to be ignored (RFC 9112, 2.2).
-            buffer = self._buffer = buffer.lstrip(b"\r\n")
-        end = buffer.find(b"\r\n\r\n", 0, limits.head_bytes)
-        if end < 0:
-            if len(buffer) >= limits.head_bytes:
-                raise HttpError(
-                    431,
-                    RejectReason.HEAD_TOO_LARGE,
-                    f"request head above {limits.head_bytes} bytes",
-                    limit="head_bytes",
-                )
-            self._await_head()
+        found = self._server.heads.recall(self._buffer) or self._new_head()
+        if found is None:
             return
-        now_s = server.clock()
-        head = self._head = server.heads.read(buffer[: end + 4])
+        head, body_start = found
+        now_s = self._server.clock()
+        self._head = head
         self._keep_alive = head.keep_alive
         self._wait_head_s = 0.0
         reply = self._early_reply(head)
         if reply is not None:
-            self._answer_early(head, reply, end + 4)
+            self._answer_early(head, reply, body_start)
             return
-        self._arrival(head, now_s, end + 4)
+        self._arrival(head, now_s, body_start)
+
+    def _new_head(self) -> tuple[RequestHead, int] | None:
+        """The head in the buffer and where it ends; None while it is incomplete. Raises HttpError."""
+        limit = self._server.limits.head_bytes
+        buffer = self._buffer
+        if buffer.startswith(b"\r\n"):
+            # Empty lines before a request line are to be ignored (RFC 9112, 2.2).
+            buffer = self._buffer = buffer.lstrip(b"\r\n")
+        end = buffer.find(b"\r\n\r\n", 0, limit)
+        if end >= 0:
+            return self._server.heads.read(buffer[: end + 4]), end + 4
+        if len(buffer) >= limit:
+            raise HttpError(431, RejectReason.HEAD_TOO_LARGE, f"request head above {limit} bytes", limit="head_bytes")
+        self._await_head()
+        return None
 
     def _await_head(self) -> None:
         """Give a head that has begun to arrive its own time, once."""

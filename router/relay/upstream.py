@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from router.http.known_heads import ResponseHeads
+from router.http.known_heads import response_heads
 from router.http.response_head import BadResponse, ResponseHead
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def parse_url(url: str) -> Address:
     return Address(parts.hostname, parts.port or (443 if tls else 80), tls, prefix)
 
 
-_HEADS = ResponseHeads()
+_HEADS = response_heads()
 """Shared by all workers: what they answer differs in little."""
 
 
@@ -159,18 +159,21 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _read_head(self, reader: ResponseReader, buffer: bytes) -> None:
         while True:
-            end = buffer.find(b"\r\n\r\n", 0, self._max_head_bytes)
-            if end < 0:
-                self._head_buffer = buffer
-                if len(buffer) >= self._max_head_bytes:
-                    reader.response_bad("response head too large")
-                return
-            try:
-                head = _HEADS.read(buffer[:end])
-            except BadResponse as error:
-                reader.response_bad(str(error))
-                return
-            buffer = buffer[end + 4 :]
+            found = _HEADS.recall(buffer)
+            if found is None:
+                end = buffer.find(b"\r\n\r\n", 0, self._max_head_bytes)
+                if end < 0:
+                    self._head_buffer = buffer
+                    if len(buffer) >= self._max_head_bytes:
+                        reader.response_bad("response head too large")
+                    return
+                try:
+                    found = _HEADS.read(buffer[: end + 4]), end + 4
+                except BadResponse as error:
+                    reader.response_bad(str(error))
+                    return
+            head = found[0]
+            buffer = buffer[found[1] :]
             if head.status == 101 or head.status < 100:
                 reader.response_bad("unexpected status")
                 return

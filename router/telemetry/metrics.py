@@ -31,10 +31,11 @@ class PoolMetrics:
     """Series of one pool, looked up once."""
 
     __slots__ = (
-        "_answers",
         "_cells",
         "_codes",
         "_gap",
+        "_pool",
+        "_requests",
         "cached_tokens",
         "decisions",
         "duration",
@@ -46,7 +47,8 @@ class PoolMetrics:
 
     def __init__(self, metrics: "RelayMetrics", pool: str) -> None:
         self._cells = metrics.slab.cells
-        self._answers = lambda code: metrics.requests.cell(pool, str(code))
+        self._requests = metrics.requests
+        self._pool = pool
         self._codes: dict[int, int] = {}
         self.ttft = metrics.ttft.series(pool)
         self._gap = metrics.inter_token.series(pool)
@@ -82,7 +84,7 @@ class PoolMetrics:
         cells[duration.sum_cell] += duration_s
         cell = self._codes.get(code)
         if cell is None:
-            cell = self._codes[code] = self._answers(code)
+            cell = self._codes[code] = self._requests.cell(self._pool, str(code))
         cells[cell] += 1.0
 
     def output(self, events: int, gap_s: float) -> None:

@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.http.head import HttpError, RequestHead, parse_head
+from router.http.known_heads import request_heads, response_heads
+from router.http.response_head import BadResponse, parse_response_head
 
 
 def parse(*lines: str, request: str = "POST /x HTTP/1.1") -> RequestHead:
@@ -132,3 +134,97 @@ def test_an_accepted_head_has_one_framing(tokens: list[bytes]) -> None:
     assert head.chunked == bool(encodings)
     assert (head.content_length is not None) == bool(lengths)
     assert b"content-length" not in head.fields
+
+
+_LINES = st.lists(
+    st.sampled_from(
+        [
+            *(
+                b"Host: a",
+                b"Host: b",
+                b"Accept: */*",
+                b"Content-Length: 5",
+                b"Content-Length: 17",
+                b"content-length: 0",
+            ),
+            *(b"Content-Length: 5, 5", b"Content-Length:", b"Content-Length: +5", b"Content-Length: 0x5", b"a: b\rc"),
+            *(
+                b"CONTENT-LENGTH: 9",
+                b"Transfer-Encoding: chunked",
+                b"Connection: close",
+                b"X-Request-Id: one",
+                b" folded",
+            ),
+            *(b"Content-Length: 99999999999999999999", b"X-Y: \r\nContent-Length: 7", b"Cookie: Content-Length: 3"),
+        ]
+    ),
+    max_size=5,
+)
+
+
+def _plain(head: RequestHead) -> tuple[object, ...]:
+    return (
+        *(head.method, head.target, head.path, head.http10, head.headers, head.fields),
+        *(head.content_length, head.chunked, head.keep_alive),
+    )
+
+
+@given(st.lists(st.tuples(_LINES, st.sampled_from([b"", b"5", b"Content-Length: 8\r\n\r\n"])), max_size=8))
+def test_a_remembered_request_head_is_what_the_parser_makes_of_it(met: list[tuple[list[bytes], bytes]]) -> None:
+    known = request_heads(100)
+    for lines, behind in met:
+        data = b"\r\n".join((b"POST /x?y HTTP/1.1", *lines, b"", b""))
+        data = data[: data.index(b"\r\n\r\n") + 4]
+        recalled = known.recall(data + behind)
+        try:
+            parsed = _plain(parse_head(data, 100))
+        except HttpError:
+            assert recalled is None
+            with pytest.raises(HttpError):
+                known.read(data)
+            continue
+        if recalled is not None:
+            assert (_plain(recalled[0]), recalled[1]) == (parsed, len(data))
+        head = known.read(data)
+        assert _plain(head) == parsed
+        assert head.request_id == (b"one" if b"X-Request-Id: one" in lines else b"")
+
+
+@given(st.lists(_LINES, max_size=8))
+def test_a_remembered_response_head_is_what_the_parser_makes_of_it(met: list[list[bytes]]) -> None:
+    known = response_heads()
+    for lines in met:
+        data = b"\r\n".join((b"HTTP/1.1 200 OK", *lines))
+        whole = data + b"\r\n\r\n"
+        if whole.index(b"\r\n\r\n") + 4 != len(whole):
+            continue
+        recalled = known.recall(whole + b"{}")
+        try:
+            parsed = parse_response_head(data)
+        except BadResponse:
+            assert recalled is None
+            with pytest.raises(BadResponse):
+                known.read(whole)
+            continue
+        for head in (known.read(whole), *((recalled[0],) if recalled else ())):
+            assert (head.status, head.headers, head.content_type) == (
+                parsed.status,
+                parsed.headers,
+                parsed.content_type,
+            )
+            assert (head.content_length, head.chunked, head.keep_alive) == (
+                *(parsed.content_length, parsed.chunked, parsed.keep_alive),
+            )
+
+
+def test_what_is_remembered_is_bounded_and_met_again() -> None:
+    known = request_heads(100)
+    head = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    first = known.read(head % 5)
+    assert known.recall(head % 77) == (known.read(head % 77), len(head % 77))
+    assert known.read(head % 77).headers is first.headers
+    for number in range(2000):
+        known.read(b"POST /x HTTP/1.1\r\nHost: a\r\nX-Request-Id: %d\r\n\r\n" % number)
+    assert known.remembered <= 256
+    known.read(b"POST /x HTTP/1.1\r\nHost: a\r\nX-Long: %b\r\n\r\n" % (b"x" * 9000))
+    assert known.remembered <= 256
