@@ -162,20 +162,9 @@ def _whole_completion(body: Body, settings: EngineSettings) -> dict[str, Any]:
 def _chat_chunk(body: Body, settings: EngineSettings) -> dict[str, Any]:
     chunk, request, prompt = body["generate_chunk"], body.get("chat_request"), body.get("prompt_token_ids")
     parsed = bool(settings.tool_call_parser)
-    if parsed and request is None:
-        raise ApiError(_NO_REQUEST)
-    if parsed and prompt is None:
-        raise ApiError(_NO_PROMPT)
-    if len(chunk["choices"]) > 1:
-        raise ApiError(f"derender_chat_stream expects at most one choice per chunk (got {len(chunk['choices'])}).")
     state = {**NO_STATE, **(body.get("stream_state") or {})}
     ids = [token for choice in chunk["choices"] for token in choice.get("token_ids") or []]
-    lengths = [len(prompt or []), len(state["output_token_ids"]), len(ids)]
-    if sum(lengths) > settings.max_model_len:
-        raise ApiError(
-            f"prompt_token_ids length ({lengths[0]}) plus output_token_ids length ({lengths[1]}) plus delta "
-            f"({lengths[2]}) exceeds max_model_len ({settings.max_model_len})."
-        )
+    _check_chat_chunk(body, state, ids, settings)
     choices = []
     if chunk["choices"]:
         choice = chunk["choices"][0]
@@ -213,6 +202,22 @@ def _chat_chunk(body: Body, settings: EngineSettings) -> dict[str, Any]:
         "metrics": chunk.get("metrics"),
     }
     return {"chunk": shown, "stream_state": state}
+
+
+def _check_chat_chunk(body: Body, state: dict[str, Any], ids: list[int], settings: EngineSettings) -> None:
+    prompt, count = body.get("prompt_token_ids"), len(body["generate_chunk"]["choices"])
+    if settings.tool_call_parser and body.get("chat_request") is None:
+        raise ApiError(_NO_REQUEST)
+    if settings.tool_call_parser and prompt is None:
+        raise ApiError(_NO_PROMPT)
+    if count > 1:
+        raise ApiError(f"derender_chat_stream expects at most one choice per chunk (got {count}).")
+    lengths = [len(prompt or []), len(state["output_token_ids"]), len(ids)]
+    if sum(lengths) > settings.max_model_len:
+        raise ApiError(
+            f"prompt_token_ids length ({lengths[0]}) plus output_token_ids length ({lengths[1]}) plus delta "
+            f"({lengths[2]}) exceeds max_model_len ({settings.max_model_len})."
+        )
 
 
 def _plain_delta(state: dict[str, Any], window: Window, ids: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
