@@ -22,12 +22,11 @@ TEXT_TYPE = b"text/plain; charset=utf-8"
 SSE_TYPE = b"text/event-stream; charset=utf-8"
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _LAST_CHUNK = b"0\r\n\r\n"
-_METHODS = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT")
+_METHODS = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"QUERY")
 _PREFLIGHT = (
     b"vary: Origin, Access-Control-Request-Method, Access-Control-Request-Headers, "
     b"Access-Control-Request-Private-Network\r\n"
-    b"access-control-allow-origin: *\r\naccess-control-allow-methods: %s\r\naccess-control-max-age: 600\r\n"
-    % b", ".join(_METHODS)
+    b"access-control-allow-methods: %s\r\naccess-control-max-age: 600\r\n" % b", ".join(_METHODS)
 )
 
 _date_cache: tuple[int, bytes] = (0, b"")
@@ -110,7 +109,7 @@ class Exchange:
         if content_type is not None:
             head += b"content-type: %s\r\n" % content_type
         if vary:
-            head += self._cross_origin()
+            head += b"vary: Origin\r\n"
         self.response_bytes = len(body)
         self._finish(head + self._connection_line() + b"\r\n" + body)
 
@@ -119,8 +118,7 @@ class Exchange:
         if self.finished:
             return
         self.started = True
-        head = self._head(200, None) + b"content-type: %s\r\n" % SSE_TYPE
-        head += self._cross_origin() + self._connection_line()
+        head = self._head(200, None) + b"content-type: %s\r\nvary: Origin\r\n" % SSE_TYPE + self._connection_line()
         if self.chunked:
             head += b"transfer-encoding: chunked\r\n"
         self.connection.write(head + b"\r\n")
@@ -154,22 +152,20 @@ class Exchange:
         head = b"HTTP/1.1 %d %s\r\ndate: %s\r\nserver: uvicorn\r\n" % (status, reason, _date())
         return head + (b"allow: %s\r\n" % allow if allow else b"")
 
-    def _cross_origin(self) -> bytes:
-        return (
-            b"access-control-allow-origin: *\r\nvary: Origin\r\n" if b"origin" in self.headers else b"vary: Origin\r\n"
-        )
-
     def preflight(self) -> bool:
-        """Answer a browser's question whether it may send a request from another origin. False if it asks none."""
+        """Refuse a browser that asks whether it may send a request from elsewhere. False if that is not the question.
+
+        vLLM 0.32 allows no other origin unless told to.
+        """
         headers = self.headers
         if self.method != "OPTIONS" or b"origin" not in headers or b"access-control-request-method" not in headers:
             return False
+        head = self._head(400, None) + _PREFLIGHT
         wanted = headers.get(b"access-control-request-headers")
-        allowed = headers[b"access-control-request-method"] in _METHODS
-        head = self._head(200 if allowed else 400, None) + _PREFLIGHT
         if wanted is not None:
             head += b"access-control-allow-headers: %s\r\n" % wanted
-        body = b"OK" if allowed else b"Disallowed CORS method"
+        known = headers[b"access-control-request-method"] in _METHODS
+        body = b"Disallowed CORS origin" if known else b"Disallowed CORS origin, method"
         head += b"content-length: %d\r\ncontent-type: %s\r\n" % (len(body), TEXT_TYPE)
         self._finish(head + self._connection_line() + b"\r\n" + body)
         return True
