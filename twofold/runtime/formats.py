@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from twofold.runtime.sampler import Profile, ThreadProfile
+from twofold.runtime.sampler import Clock, Profile, ThreadProfile
 
 TABLE_ROWS = 40
 _PLACE = re.compile(r"(?P<name>.*) \((?P<file>.*):(?P<line>[0-9]+)\)")
@@ -85,9 +85,10 @@ def speedscope(profile: Profile) -> dict[str, Any]:
     profiles = []
     for thread in profile.threads:
         samples, weights = [], []
+        sample_s = (profile.seconds if profile.clock is Clock.WALL else thread.cpu_s) / max(1, thread.samples)
         for stack, count in thread.stacks:
             samples.append([frames.setdefault(function, len(frames)) for function in stack.split(";")])
-            weights.append(count / profile.hz)
+            weights.append(count * sample_s)
         profiles.append(
             {
                 "type": "sampled",
