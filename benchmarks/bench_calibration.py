@@ -65,6 +65,8 @@ class Arrival(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What the client saw of one engine, in seconds; ``lateness_s``: p99 of sent minus due."""
 
+    timings: list[Timing]
+    """In the order of the requests, on a clock that is 0 at the start of the run."""
     ttft_s: list[float]
     itl_s: list[float]
     e2e_s: list[float]
@@ -114,7 +116,7 @@ def capacity_rps(profile: EngineProfile, mix: Mix) -> float:
 async def send_all(url: str, requests: Sequence[Arrival], *, warm_up: int = 24) -> Outcome:
     """Send every request when it is due, whatever became of the others. Raises EngineError for any failure."""
     engine = Engine(url, clock=time.monotonic, seed=7)
-    timings: list[tuple[float, Timing]] = []
+    found: dict[int, Timing] = {}
     try:
         await engine.facts()
         for index in range(warm_up):
@@ -122,30 +124,35 @@ async def send_all(url: str, requests: Sequence[Arrival], *, warm_up: int = 24) 
         start_s = time.monotonic() + 0.2
         cpu = psutil.cpu_times()
 
-        async def one(request: Arrival) -> None:
-            due_s = start_s + request.at_s
-            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            timing = await engine.ask(request.prompt, request.output_tokens, timeout_s=REQUEST_TIMEOUT_S)
-            timings.append((due_s, timing))
+        async def one(index: int, request: Arrival) -> None:
+            await asyncio.sleep(max(0.0, start_s + request.at_s - time.monotonic()))
+            found[index] = await engine.ask(request.prompt, request.output_tokens, timeout_s=REQUEST_TIMEOUT_S)
 
         async with asyncio.TaskGroup() as group:
-            for request in requests:
-                group.create_task(one(request))
+            for index, request in enumerate(requests):
+                group.create_task(one(index, request))
         end_s = time.monotonic()
         used, steal = _cpu_shares(cpu, psutil.cpu_times())
     finally:
         await engine.close()
-    late = [timing.sent_s - due_s for due_s, timing in timings]
+    timings = [_shifted(found[index], start_s) for index in range(len(requests))]
+    late = [timing.sent_s - request.at_s for timing, request in zip(timings, requests, strict=True)]
     return Outcome(
-        ttft_s=[timing.ttft_s for _, timing in timings],
-        itl_s=[gap for _, timing in timings for gap in np.diff(timing.events_s).tolist()],
-        e2e_s=[timing.events_s[-1] - timing.sent_s for _, timing in timings],
-        cached_tokens=sum(timing.cached_tokens for _, timing in timings),
+        timings=timings,
+        ttft_s=[timing.ttft_s for timing in timings],
+        itl_s=[gap for timing in timings for gap in np.diff(timing.events_s).tolist()],
+        e2e_s=[timing.events_s[-1] - timing.sent_s for timing in timings],
+        cached_tokens=sum(timing.cached_tokens for timing in timings),
         lateness_s=float(np.quantile(late, 0.99)),
         duration_s=end_s - start_s,
         host_cpu=used,
         steal=steal,
     )
+
+
+def _shifted(timing: Timing, start_s: float) -> Timing:
+    events_s = tuple(event_s - start_s for event_s in timing.events_s)
+    return msgspec.structs.replace(timing, sent_s=timing.sent_s - start_s, events_s=events_s)
 
 
 def _cpu_shares(before: Any, after: Any) -> tuple[float, float]:
@@ -276,7 +283,8 @@ def run(options: argparse.Namespace, folder: Path, note: Callable[[str], None]) 
     judged = [value for key, value in found.items() if key.startswith(("ttft", "itl")) and "p99" not in key]
     everything = [value for key, value in found.items() if key.startswith(("ttft", "itl"))]
     if options.dump:
-        Path(options.dump).write_bytes(msgspec.json.encode({"real": real, "emulated": emulated}))
+        dump = {"profile": profile, "requests": requests, "real": real, "emulated": emulated}
+        Path(options.dump).write_bytes(msgspec.json.encode(dump))
     return {
         **{key: round(value, 4) for key, value in found.items()},
         "within_15_percent": all(abs(value - 1) <= TOLERANCE for value in judged),

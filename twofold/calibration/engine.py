@@ -257,6 +257,8 @@ _GAUGE_SERIES = (
     "vllm:request_success_total",
     "vllm:request_prefill_time_seconds_sum",
     "vllm:request_prefill_time_seconds_count",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:request_decode_time_seconds_count",
     "vllm:num_preemptions_total",
     "vllm:iteration_tokens_total_bucket",
 )
@@ -315,6 +317,8 @@ def gauges_of_metrics(text: str) -> Gauges:
         finished=int(totals.get("vllm:request_success_total", 0)),
         prefill_total_s=totals.get("vllm:request_prefill_time_seconds_sum", 0.0),
         prefill_count=int(totals.get("vllm:request_prefill_time_seconds_count", 0)),
+        decode_total_s=totals.get("vllm:request_decode_time_seconds_sum", 0.0),
+        decode_count=int(totals.get("vllm:request_decode_time_seconds_count", 0)),
         preemptions=int(totals.get("vllm:num_preemptions_total", 0)),
         step_tokens=tuple(sorted(steps.items())),
     )

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from twofold.calibration.least_squares import Array, r_squared, robust_nonnegative
-from twofold.calibration.values import FirstToken, Measurements
+from twofold.calibration.values import Decode, FirstToken, Measurements
 from twofold.model.profile import StepLaw
 
 LAW = (
@@ -160,13 +160,14 @@ def _rows(measurements: Measurements, budget: int) -> list[_Row]:
         measurements.first_tokens, lambda s: (s.prompt_tokens, s.cached_tokens)
     ).items():
         rows += _first_token_rows(prompt, cached, samples, budget)
-    for (sequences, context_key), decodes in _grouped(
-        measurements.decodes, lambda s: (s.sequences, round(math.log(max(1.0, s.context_tokens)), 1))
+    for (sequences, context), decodes in _grouped(
+        measurements.decodes, lambda s: (s.sequences, s.context_tokens)
     ).items():
-        del context_key
-        context = median(sample.context_tokens for sample in decodes)
+        decodes.sort(key=lambda sample: sample.step_s)
+        # What the steps held differs a little between repeats: that of the middle one goes with the median.
+        middle = decodes[len(decodes) // 2]
         times = tuple(sample.step_s for sample in decodes)
-        rows.append(_Row("itl", sequences, 0, 0, context, _step(sequences, sequences * context), times))
+        rows.append(_Row("itl", sequences, 0, 0, context, _mean_step(middle), times))
     for (sequences, new), mixed in _grouped(measurements.mixed, lambda s: (s.sequences, s.new_tokens)).items():
         context = median(sample.context_tokens for sample in mixed)
         row = _step(sequences, sequences * context, chunks=1, new=new)
@@ -186,6 +187,13 @@ def _first_token_rows(prompt: int, cached: int, samples: Sequence[FirstToken], b
     if told:
         rows.append(_Row("prefill", 0, prompt, cached, 0.0, engine, tuple(s.prefill_s or 0.0 for s in told)))
     return rows
+
+
+def _mean_step(sample: Decode) -> tuple[float, ...]:
+    if not sample.decodes:
+        return _step(sample.sequences, sample.sequences * sample.context_tokens)
+    prompts = (sample.prompts, sample.prompt_tokens, sample.attention)
+    return (1.0, sample.decodes, sample.kv_tokens, *prompts, 0.0, 0.0)
 
 
 def _step(

@@ -52,7 +52,8 @@ async def observe(engine: Engine, facts: EngineFacts, unknown: frozenset[str]) -
     """What flooding an idle engine shows of the fields in ``unknown``. Raises EngineError.
 
     The token budget of a step is the upper bound of the fullest step's bucket in ``vllm:iteration_tokens_total``: exact
-    for powers of two from 512 to 16,384. The most sequences are those that ran while others waited although there was KV memory left.
+    for powers of two from 512 to 16,384. The most sequences are those that ran while others waited although there was
+    KV memory left.
     """
     seen: dict[str, int] = {}
     if not facts.has_metrics:

@@ -1,6 +1,7 @@
 """Taking the measurements of a plan from an engine, within a time limit."""
 
 import asyncio
+import bisect
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ WARM_UP_ROUNDS_S = 2.0
 BACKGROUND_CONTEXT_TOKENS = 32
 IDLE_WAIT_S = 5.0
 _POLL_S = 0.02
-_TRIM = 0.1
+_SETTLE_POLLS = 10
 
 
 class Busy(EngineError):
@@ -163,44 +164,32 @@ class Measurer:
 
     async def _measure_prompt(self, point: PromptPoint) -> None:
         prompt = self._engine.prompt(point.tokens)
-        cold = await self._first_token(prompt)
-        if cold is None:
-            return
-        if cold.cached_tokens:
+        timing, prefill_s = await self._told(prompt)
+        if timing.cached_tokens:
             self.cold_hits += 1
-        self._first_tokens.append(cold)
+        self._first_tokens.append(_first_token(point, timing, timing.cached_tokens, prefill_s))
         block = self._facts.block_size_tokens or 16
         if not self._facts.prefix_caching or point.tokens <= block:
             return
-        warm = await self._first_token(prompt)
-        if warm is None:
-            return
-        if not warm.cached_tokens:
-            # An engine that does not report its hits keeps all full blocks but that of the last token.
-            warm = msgspec.structs.replace(warm, cached_tokens=(point.tokens - 1) // block * block)
-        self._first_tokens.append(warm)
+        timing, prefill_s = await self._told(prompt)
+        # An engine that does not report its hits keeps all full blocks but that of the last token.
+        cached = timing.cached_tokens or (point.tokens - 1) // block * block
+        self._first_tokens.append(_first_token(point, timing, cached, prefill_s))
 
-    async def _first_token(self, prompt: list[int]) -> FirstToken | None:
+    async def _told(self, prompt: list[int]) -> tuple[Timing, float | None]:
+        """One token of a prompt, and what the engine says its prefill took; None where others finished meanwhile."""
         before = await self._engine.gauges()
         timing = await self._ask(prompt, 1)
-        after = await self._settled(before)
-        prefill_s = None
-        if after.prefill_count == before.prefill_count + 1:
-            prefill_s = after.prefill_total_s - before.prefill_total_s
-        if after.prefill_count > before.prefill_count + 1:
-            return None
-        return FirstToken(
-            prompt_tokens=len(prompt),
-            cached_tokens=timing.cached_tokens,
-            ttft_s=timing.ttft_s,
-            prefill_s=prefill_s if prefill_s is None or 0 < prefill_s <= timing.ttft_s else None,
-        )
+        after = await self._settled(before, 1)
+        prefill_s = after.prefill_total_s - before.prefill_total_s
+        exact = after.prefill_count - before.prefill_count == 1 and 0 < prefill_s <= timing.ttft_s
+        return timing, prefill_s if exact else None
 
-    async def _settled(self, before: Gauges) -> Gauges:
-        """The counters once the request that was just answered is in them."""
+    async def _settled(self, before: Gauges, answers: int) -> Gauges:
+        """The counters once the answers that have just come are in them."""
         after = await self._engine.gauges()
-        for _ in range(10 if self._facts.has_metrics else 0):
-            if after.prefill_count > before.prefill_count:
+        for _ in range(_SETTLE_POLLS if self._facts.has_metrics else 0):
+            if after.prefill_count - before.prefill_count >= answers:
                 break
             await asyncio.sleep(_POLL_S)
             after = await self._engine.gauges()
@@ -208,24 +197,30 @@ class Measurer:
 
     async def _measure_decodes(self, point: DecodePoint) -> None:
         prompts = [self._engine.prompt(point.context_tokens) for _ in range(point.sequences)]
-        # Longer prompts are computed one after another: the first streams run on until the last has begun.
+        block = self._facts.block_size_tokens or 16
+        cached = (point.context_tokens - 1) // block * block if self._facts.prefix_caching else 0
+        if cached:
+            # Else the streams would begin one prompt after another, and hardly overlap behind long ones.
+            await asyncio.gather(*(self._ask(prompt, 1) for prompt in prompts))
+        before = await self._engine.gauges()
         timings = await asyncio.gather(*(self._ask(prompt, OUTPUT_TOKENS) for prompt in prompts))
-        sample = decode_sample(timings, point)
-        if sample is not None:
-            self._decodes.append(sample)
+        after = await self._settled(before, len(prompts))
+        told_s = after.decode_total_s - before.decode_total_s
+        exact = after.decode_count - before.decode_count == len(prompts) and told_s > 0
+        self._decodes.append(decode_sample(timings, point, cached, told_s if exact else None))
 
     async def _measure_mixed(self, point: MixedPoint) -> None:
         background = [
             asyncio.ensure_future(self._ask(BACKGROUND_CONTEXT_TOKENS, BACKGROUND_TOKENS))
             for _ in range(point.sequences)
         ]
-        prompts: list[Timing] = []
+        prompts: list[tuple[Timing, float | None]] = []
         try:
             # Every stream has to decode: one lone prompt takes longer than theirs, which came before it.
             await self._ask(16, 4)
             while len(prompts) < MIXED_PROMPTS and not any(task.done() for task in background):
-                prompts.append(await self._ask(point.tokens, 1))
-                await self._ask(1, 4)
+                timing, prefill_s = await self._told(self._engine.prompt(point.tokens))
+                prompts.append((timing, prefill_s))
         finally:
             timings = await asyncio.gather(*background)
         self._mixed += mixed_samples(timings, prompts, point)
@@ -240,62 +235,73 @@ def describe(point: PromptPoint | DecodePoint | MixedPoint) -> str:
     return f"prompts of {point.tokens} tokens beside {point.sequences} streams"
 
 
-def decode_sample(timings: Sequence[Timing], point: DecodePoint) -> Decode | None:
-    """Seconds of one step: the mean gap, without its largest and smallest tenth, while all streams decode.
+def _first_token(point: PromptPoint, timing: Timing, cached: int, prefill_s: float | None) -> FirstToken:
+    return FirstToken(prompt_tokens=point.tokens, cached_tokens=cached, ttft_s=timing.ttft_s, prefill_s=prefill_s)
 
-    None where the streams did not overlap for at least four steps.
+
+def decode_sample(timings: Sequence[Timing], point: DecodePoint, cached: int, told_s: float | None) -> Decode:
+    """The mean step of streams side by side, and what these steps held on average, prompts of later streams included.
+
+    ``cached``: tokens of each prompt that came from the prefix cache. ``told_s``: seconds between first and last token,
+    summed over the streams, as the engine counts them; None takes the client's.
     """
-    begin_s = max(timing.events_s[0] for timing in timings)
-    end_s = min(timing.events_s[-1] for timing in timings)
-    gaps: list[float] = []
-    contexts: list[float] = []
+    firsts = sorted(timing.events_s[0] for timing in timings)
+    lasts = sorted(timing.events_s[-1] for timing in timings)
+    seen_s = sum(timing.events_s[-1] - timing.events_s[0] for timing in timings)
+    steps = sum(timing.tokens - 1 for timing in timings)
+    step_s = seen_s / steps
+    active = kv_tokens = gaps = prompts = 0.0
     for timing in timings:
-        events = timing.events_s
-        tokens_an_event = max(1.0, timing.tokens / len(events))
-        for index in range(1, len(events)):
-            if events[index - 1] >= begin_s and events[index] <= end_s:
-                gaps.append((events[index] - events[index - 1]) / tokens_an_event)
-                contexts.append(point.context_tokens + index * tokens_an_event)
-    if len(gaps) < 4 * len(timings):
-        return None
+        for index, (earlier, later) in enumerate(itertools.pairwise(timing.events_s), start=1):
+            middle = (earlier + later) / 2
+            running = bisect.bisect_left(firsts, middle) - bisect.bisect_left(lasts, middle)
+            active += running
+            kv_tokens += running * (point.context_tokens + index)
+            gaps += 1
+        # First tokens of one step reach the client one after another.
+        behind = bisect.bisect_left(firsts, timing.events_s[0] + step_s / 2)
+        prompts += bisect.bisect_right(firsts, timing.events_s[-1]) - behind
+    new = point.context_tokens - cached
     return Decode(
-        sequences=len(timings), context_tokens=sum(contexts) / len(contexts), step_s=trimmed_mean(gaps, _TRIM)
+        sequences=point.sequences,
+        context_tokens=point.context_tokens,
+        step_s=(seen_s if told_s is None else told_s) / steps,
+        decodes=active / gaps,
+        kv_tokens=kv_tokens / gaps,
+        prompts=prompts / steps,
+        prompt_tokens=prompts / steps * new,
+        attention=prompts / steps * new * (cached + new / 2),
     )
 
 
-def mixed_samples(timings: Sequence[Timing], prompts: Sequence[Timing], point: MixedPoint) -> list[Mixed]:
-    """The step that computed each prompt, as the streams beside it saw it: their widest gap while it waited."""
+def mixed_samples(
+    streams: Sequence[Timing], prompts: Sequence[tuple[Timing, float | None]], point: MixedPoint
+) -> list[Mixed]:
+    """The steps that computed prompts beside ``streams``: (the prompt's answer, what the engine says its prefill took).
+
+    Where the engine does not say it, the streams do: their widest gap while the prompt waited, the middle one of them.
+    A prompt beside which a stream had ended is left out.
+    """
     samples: list[Mixed] = []
-    for prompt in prompts:
+    for prompt, prefill_s in prompts:
         widest: list[float] = []
-        seen: list[float] = []
-        for timing in timings:
-            events = timing.events_s
-            gaps = [
+        context = 0.0
+        for stream in streams:
+            around = [
                 (later - earlier, index)
-                for index, (earlier, later) in enumerate(itertools.pairwise(events))
+                for index, (earlier, later) in enumerate(itertools.pairwise(stream.events_s), start=1)
                 if later > prompt.sent_s and earlier < prompt.events_s[0]
             ]
-            if gaps:
-                gap_s, index = max(gaps)
-                widest.append(gap_s)
-                seen.append(BACKGROUND_CONTEXT_TOKENS + index + 1)
-        if len(widest) == len(timings):
-            widest.sort()
+            if stream.events_s[0] < prompt.sent_s and stream.events_s[-1] > prompt.events_s[0] and around:
+                widest.append(max(around)[0])
+                context += (BACKGROUND_CONTEXT_TOKENS + max(around)[1]) / len(streams)
+        if len(widest) == len(streams):
             samples.append(
                 Mixed(
                     sequences=point.sequences,
-                    context_tokens=sum(seen) / len(seen),
+                    context_tokens=context,
                     new_tokens=point.tokens,
-                    step_s=widest[len(widest) // 2],
+                    step_s=prefill_s or sorted(widest)[len(widest) // 2],
                 )
             )
     return samples
-
-
-def trimmed_mean(values: Sequence[float], share: float) -> float:
-    """The mean without the ``share`` smallest and the ``share`` largest values."""
-    ordered = sorted(values)
-    cut = int(len(ordered) * share)
-    kept = ordered[cut : len(ordered) - cut]
-    return sum(kept) / len(kept)

@@ -31,6 +31,8 @@ class Gauges(msgspec.Struct, frozen=True, kw_only=True):
     finished: int = 0
     prefill_total_s: float = 0.0
     prefill_count: int = 0
+    decode_total_s: float = 0.0
+    decode_count: int = 0
     preemptions: int = 0
     step_tokens: tuple[tuple[float, int], ...] = ()
 
@@ -72,11 +74,21 @@ class FirstToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decode(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a step in which ``sequences`` decode, each with ``context_tokens`` on average."""
+    """Mean seconds of the steps of ``sequences`` streams side by side, each behind ``context_tokens``.
+
+    A mean over all of their steps, and the law is linear, so what the steps held on average says all: ``decodes``
+    sequences with ``kv_tokens`` of context together, ``prompts`` prompts of ``prompt_tokens`` and ``attention`` (token
+    pairs). 0 for ``decodes``: exactly ``sequences``, ``context_tokens`` each.
+    """
 
     sequences: int
     context_tokens: float
     step_s: float
+    decodes: float = 0.0
+    kv_tokens: float = 0.0
+    prompts: float = 0.0
+    prompt_tokens: float = 0.0
+    attention: float = 0.0
 
 
 class Mixed(msgspec.Struct, frozen=True, kw_only=True):

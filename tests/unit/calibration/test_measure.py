@@ -8,7 +8,7 @@ import pytest
 from twofold import profiles
 from twofold.calibration import limits, plan
 from twofold.calibration.fit import CONSTANTS, FRONT_END, fit
-from twofold.calibration.measure import Busy, Measurer, Progress, decode_sample, mixed_samples, trimmed_mean
+from twofold.calibration.measure import Busy, Measurer, Progress, decode_sample, mixed_samples
 from twofold.calibration.report import constants
 from twofold.calibration.values import Gauges, Timing
 from twofold.model.profile import EngineProfile
@@ -124,42 +124,52 @@ def timing(*events_s: float, sent_s: float = 0.0, tokens: int = 0) -> Timing:
     return Timing(sent_s=sent_s, events_s=events_s, tokens=tokens or len(events_s), cached_tokens=0)
 
 
-def test_a_decode_step_counts_only_while_all_streams_run() -> None:
-    early = timing(1.0, 1.5, 2.0, *(2.0 + 0.1 * i for i in range(1, 11)), 9.0)
-    late = timing(*(2.0 + 0.1 * i for i in range(11)))
-    sample = decode_sample([early, late], plan.DecodePoint(sequences=2, context_tokens=100))
-    assert sample is not None
-    assert sample.step_s == pytest.approx(0.1)
-    assert sample.sequences == 2
-    assert 100 < sample.context_tokens < 112
+def steady(first_s: float, step_s: float, tokens: int) -> Timing:
+    return timing(*(first_s + step_s * i for i in range(tokens)))
 
 
-def test_streams_that_hardly_overlap_give_no_decode_step() -> None:
+def test_a_mean_step_says_what_the_steps_held() -> None:
     point = plan.DecodePoint(sequences=2, context_tokens=100)
-    assert decode_sample([timing(1.0, 2.0, 3.0, 4.0, 5.0), timing(4.0, 5.0, 6.0, 7.0)], point) is None
+    early, late = steady(1.0, 0.1, 21), steady(2.0, 0.1, 21)
+    sample = decode_sample([early, late], point, 0, None)
+    assert sample.step_s == pytest.approx(0.1)
+    assert sample.decodes == pytest.approx(1.5), "half of all steps were of both"
+    assert sample.prompts == pytest.approx(1 / 40), "one prompt was computed in one of forty steps"
+    assert sample.prompt_tokens == pytest.approx(100 / 40)
+    assert sample.attention == pytest.approx(100 * 50 / 40)
+    assert decode_sample([early, late], point, 96, None).prompt_tokens == pytest.approx(4 / 40)
 
 
-def test_events_of_several_tokens_are_divided() -> None:
-    sample = decode_sample(
-        [timing(*(0.2 * i for i in range(1, 12)), tokens=22)], plan.DecodePoint(sequences=1, context_tokens=1)
-    )
-    assert sample is not None
+def test_streams_that_begin_in_one_step_do_not_wait_for_each_other() -> None:
+    point = plan.DecodePoint(sequences=3, context_tokens=10)
+    sample = decode_sample([steady(1.0, 0.1, 11), steady(1.001, 0.1, 11), steady(1.002, 0.1, 11)], point, 0, None)
+    assert sample.prompts == 0
+    assert sample.decodes == pytest.approx(3, rel=0.02)
+
+
+def test_a_stalled_client_does_not_change_what_the_engine_tells() -> None:
+    point = plan.DecodePoint(sequences=1, context_tokens=10)
+    stalled = timing(1.0, 1.1, *([5.0] * 9))
+    assert decode_sample([stalled], point, 0, 1.0).step_s == pytest.approx(0.1)
+    assert decode_sample([stalled], point, 0, None).step_s == pytest.approx(0.4)
+
+
+def test_events_of_several_tokens_count_as_such() -> None:
+    several = timing(*(0.2 * i for i in range(1, 12)), tokens=21)
+    sample = decode_sample([several], plan.DecodePoint(sequences=1, context_tokens=1), 0, None)
     assert sample.step_s == pytest.approx(0.1)
 
 
-def test_a_mixed_step_is_the_widest_gap_around_a_prompt() -> None:
-    streams = [timing(1.0, 1.1, 1.2, 1.7, 1.8), timing(1.01, 1.11, 1.21, 1.71, 1.81), timing(1.0, 1.1, 1.2, 1.9)]
-    prompt = timing(1.7, sent_s=1.15)
-    (sample,) = mixed_samples(streams, [prompt], plan.MixedPoint(sequences=3, tokens=50))
-    assert sample.step_s == pytest.approx(0.5), "the middle one: a hiccup of one connection is not the step"
-    assert sample.new_tokens == 50
-    gone = timing(0.5, 0.6)
-    assert mixed_samples([*streams, gone], [prompt], plan.MixedPoint(sequences=4, tokens=50)) == []
-
-
-def test_the_mean_without_its_ends() -> None:
-    assert trimmed_mean([100.0, *([1.0] * 8), 0.0], 0.1) == 1.0
-    assert trimmed_mean([2.0], 0.1) == 2.0
+def test_a_mixed_step_is_what_the_engine_says_or_the_widest_gap_around_a_prompt() -> None:
+    streams = [timing(1.0, 1.1, 1.2, 1.7, 1.8), timing(1.01, 1.11, 1.21, 1.71, 1.81), timing(1.0, 1.1, 1.2, 1.9, 2.0)]
+    prompt = timing(1.75, sent_s=1.15)
+    point = plan.MixedPoint(sequences=3, tokens=50)
+    told, seen = mixed_samples(streams, [(prompt, 0.45), (prompt, None)], point)
+    assert told.step_s == 0.45
+    assert seen.step_s == pytest.approx(0.5), "the middle one: a hiccup of one connection is not the step"
+    assert (seen.new_tokens, seen.sequences) == (50, 3)
+    ended = timing(1.0, 1.16)
+    assert mixed_samples([*streams, ended], [(prompt, 0.45)], plan.MixedPoint(sequences=4, tokens=50)) == []
 
 
 @pytest.mark.parametrize(
