@@ -18,23 +18,33 @@ class OutputSource(Protocol):
 
 
 class PlannedOutput:
-    """An output that is known beforehand, such as one that satisfies a grammar; then the end token, for ever."""
+    """An output that is known beforehand, such as one that satisfies a grammar, and the end token.
 
-    __slots__ = ("_ids", "produced")
+    A request that ignores its end goes on with the chain after all that, as in vLLM, where a constraint ends with the
+    text that it describes.
+    """
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids = ids
+    __slots__ = ("_chain", "_ids", "_prompt_ids", "produced")
+
+    def __init__(self, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> None:
+        self._ids = [*ids, EOS_ID]
+        self._prompt_ids = prompt_ids
+        self._chain: TokenChain | None = None
         self.produced = 0
 
     def next(self) -> int:
         """Produce the next id."""
         position = self.produced
         self.produced += 1
-        return self._ids[position] if position < len(self._ids) else EOS_ID
+        if position < len(self._ids):
+            return self._ids[position]
+        if self._chain is None:
+            self._chain = TokenChain([*self._prompt_ids, *self._ids])
+        return self._chain.next()
 
     def ends_here(self) -> bool:
         """Whether all of the plan has been produced."""
-        return self.produced >= len(self._ids)
+        return self.produced == len(self._ids) - 1
 
 
 class RestrictedChain(TokenChain):

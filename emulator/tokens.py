@@ -42,6 +42,7 @@ __all__ = [
     "decode",
     "decode_bytes",
     "encode",
+    "is_special",
     "pack_ids",
     "token_bytes",
 ]
@@ -50,6 +51,11 @@ _OUTPUT_CHARS = 4
 OUTPUT_WORDS: int = 26**3
 """How many different words the chain has."""
 _MEAN_NATURAL_LENGTH = 200
+
+
+def is_special(token_id: int) -> bool:
+    """Whether an id is one of the chat template or the end: those are not text."""
+    return BEGIN_ID <= token_id <= EOS_ID
 
 
 class TokenChain:

@@ -18,10 +18,8 @@ from emulator.server.hermes import parse as parse_calls
 from emulator.server.logprobs import chat_item, resolved, returned_shape
 from emulator.server.settings import EngineSettings
 from emulator.server.validation import Body
-from emulator.tokens import VOCABULARY_SIZE, token_bytes
+from emulator.tokens import VOCABULARY_SIZE, is_special, token_bytes
 
-_SPECIAL = 5
-"""The last ids of the vocabulary: those of the chat template, which are not text."""
 _SEED_IDS = 7
 _SEED_OFFSET = 5
 _CONTEXT_IDS = 4
@@ -55,7 +53,7 @@ class Window:
         """The window at the start of an output after this prompt."""
         window = cls(NO_STATE, special=special)
         seed = (prompt_ids or [])[-_SEED_IDS:]
-        window._pieces = [_piece(token) for token in seed if special or not _is_special(token)]
+        window._pieces = [_piece(token) for token in seed if special or not is_special(token)]
         window._read = len(window._pieces)
         window._prefix = max(window._read - _SEED_OFFSET, 0)
         return window
@@ -64,7 +62,7 @@ class Window:
         """The text that ``ids`` add."""
         text = ""
         for token in ids:
-            if self._special or not _is_special(token):
+            if self._special or not is_special(token):
                 self._pieces.append(_piece(token))
             before = _decoded(self._pieces[self._prefix : self._read])
             now = _decoded(self._pieces[self._prefix :])
@@ -346,10 +344,6 @@ def _first(value: Any, otherwise: Any) -> Any:
 
 def _piece(token: int) -> bytes:
     return token_bytes(token) if 0 <= token < VOCABULARY_SIZE else b""
-
-
-def _is_special(token: int) -> bool:
-    return VOCABULARY_SIZE - _SPECIAL <= token < VOCABULARY_SIZE
 
 
 def _decoded(pieces: list[bytes]) -> str:

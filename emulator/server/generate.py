@@ -17,6 +17,7 @@ from emulator.server.validation import (
     convert_fields,
     finding,
     literal,
+    structured_findings,
     too_short,
     value_error,
 )
@@ -70,6 +71,8 @@ def _sampling_findings(sampling: Any) -> list[Invalid]:
         if isinstance(sampling, dict)
         else [finding("dict_type", place, sampling)]
     )
+    if isinstance(sampling, dict):
+        wrong += structured_findings(sampling.get("structured_outputs"), f"{place}.structured_outputs")
     if not wrong:
         return []
     message = "Input should be an instance of SamplingParams"

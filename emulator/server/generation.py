@@ -19,7 +19,7 @@ from emulator.server.group import Lane
 from emulator.server.http import Exchange
 from emulator.server.logprobs import ChoiceLogprobs, Entry
 from emulator.structured import Constraint, ConstraintError
-from emulator.tokens import TokenChain, decode_bytes, encode, token_bytes
+from emulator.tokens import TokenChain, decode_bytes, encode, is_special, token_bytes
 
 NO_TOKEN = -1
 FINGERPRINT = "vllm-0.32.0-twofold"
@@ -90,7 +90,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         if self.constraint and text is None:
             text = self.constraint.text(decode_bytes(prompt), child)
         if text is not None:
-            return PlannedOutput(encode(text))
+            return PlannedOutput(encode(text), prompt)
         if self.allowed or self.banned or self.bad_words:
             return RestrictedChain(prompt, child, allowed=self.allowed, banned=self.banned, bad_words=self.bad_words)
         return TokenChain(prompt, child) if child else None
@@ -177,10 +177,10 @@ class Choice:
         if reason is FinishReason.STOP and tokens:
             spoken = tokens[:-1]  # the token that ended it, EOS or a stop id, is not text
         before = len(self.text)
-        data = b"".join(map(token_bytes, spoken))
         if self._decoder is None:
-            self.text += data.decode("utf-8", "replace")
+            self.text += b"".join(map(token_bytes, spoken)).decode("utf-8", "replace")
         else:
+            data = b"".join(token_bytes(token) for token in spoken if not is_special(token))
             self.text += self._decoder.decode(data, reason is not None)
         self.token_ids += tokens
         if self._logprobs is not None:
@@ -252,7 +252,7 @@ class Generation:
                     priority=call.priority,
                     min_tokens=0 if planned else call.min_tokens,
                     natural_end=planned or call.natural_end,
-                    ignore_eos=call.ignore_eos and not planned,
+                    ignore_eos=call.ignore_eos,
                     stop_token_ids=call.stop_token_ids,
                     cache_salt=call.cache_salt,
                     source=source,

@@ -248,9 +248,26 @@ def check_early(body: Body, *, one_kind: ApiError) -> list[Invalid]:
     if structured is not None and not isinstance(structured, dict):
         message = f"{type(structured).__name__!r} object has no attribute 'get'"
         raise ApiError(message, status=500, type_="InternalServerError", unforeseen=True)
+    findings = structured_findings(structured, "body.structured_outputs")
     if structured and sum(structured.get(name) is not None for name in ("json", "regex", "choice")) > 1:
         raise one_kind
-    return _response_format(body.get("response_format"))
+    return findings + _response_format(body.get("response_format"))
+
+
+def structured_findings(structured: Any, place: str) -> list[Invalid]:
+    """Fields of ``structured_outputs`` that do not have their types."""
+    if not isinstance(structured, dict):
+        return []
+    findings = [
+        finding("string_type", f"{place}.{name}", structured[name])
+        for name in ("regex", "grammar", "structural_tag")
+        if not isinstance(structured.get(name), str | None)
+    ]
+    choice = structured.get("choice")
+    if choice is not None and not isinstance(choice, list):
+        return [*findings, finding("list_type", f"{place}.choice", choice)]
+    wrong = [(index, item) for index, item in enumerate(choice or []) if not isinstance(item, str)]
+    return findings + [finding("string_type", f"{place}.choice.{index}", item) for index, item in wrong]
 
 
 def _response_format(given: Any) -> list[Invalid]:

@@ -122,7 +122,7 @@ def _type(schema: dict[str, Any]) -> str:
                 return implied
         return "object"
     if kind not in _TYPES:
-        raise ConstraintError(f"unknown type {kind!r} in a JSON schema")
+        raise ConstraintError(f"Grammar error: Invalid type: {kind}")
     return str(kind)
 
 

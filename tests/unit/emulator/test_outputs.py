@@ -27,12 +27,12 @@ def test_each_choice_has_a_chain_of_its_own(prompt: list[int], first: int, secon
 
 
 def test_a_plan_is_followed_by_its_end() -> None:
-    plan = PlannedOutput([5, 6])
+    plan = PlannedOutput([5, 6], [9])
     assert [(plan.ends_here(), plan.next()) for _ in range(4)] == [
         (False, 5),
         (False, 6),
         (True, EOS_ID),
-        (True, EOS_ID),
+        (False, TokenChain([9, 5, 6, EOS_ID]).peek()),
     ]
 
 
