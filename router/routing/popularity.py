@@ -1,7 +1,5 @@
 """Which prefixes are hot, by decayed and bounded counts, and the ring key that follows from it."""
 
-from math import nextafter
-
 from router.routing.prefix import DEPTH_SCHEDULE
 from router.routing.types import Chain
 
@@ -52,21 +50,18 @@ class Popularity:
         if not chain:
             return unique_id, 0
         young, old = self._young, self._old
-        most = -1.0
+        share = self._total * key_share / max(targets, 1)
+        few = 0.0
         chunks = len(chain)
         for depth in DEPTH_SCHEDULE:
             if depth > chunks:
                 break
             value = chain[depth - 1]
-            count = young.get(value) or old.get(value)
-            if not count:
+            count = young.get(value) or old.get(value, 0.0)
+            if count <= share:
                 return value, depth
-            if most < 0.0:
-                few = min_count * 2.0 ** min((now_s - self._origin_s) * self._exponent_per_s, 1000.0)
-                share = self._total * key_share / max(targets, 1)
-                # Fewer than few, or at most the share.
-                most = share if share >= few else nextafter(few, 0.0)
-            if count <= most:
+            few = few or min_count * 2.0 ** min((now_s - self._origin_s) * self._exponent_per_s, 1000.0)
+            if count < few:
                 return value, depth
         return unique_id, 0
 

@@ -165,7 +165,8 @@ class PrefixReader:
         if (key >> 32 or 1) not in _TAGS(region, (key & mask) * _BUCKET_TAGS_BYTES):
             return 0
         words, first_word = self._words, self._first_word
-        low, high = 0, scheduled_count(len(chain))
+        chunks = len(chain)
+        low, high = 0, scheduled_count(chunks) if chunks > 1 else 1
         deepest = probes = 0
         while low < high:
             middle = high - 1 if probes < _DEEP_PROBES else (low + high) // 2

@@ -140,6 +140,8 @@ def _reported_tokens(view: FleetView, state: TargetState, request: RequestFeatur
     chunks = 0
     if request.chain and window_tokens:
         chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, window_tokens)
+    # Engines look whole blocks up, and never the last token: its logits give the first output token.
+    known = min(known, (request.prompt_tokens - 1) // request.block_tokens)
     tokens = max(known * request.block_tokens, int(chunks * request.chunk_tokens))
     return min(max(tokens, 0), request.prompt_tokens - 1)
 

@@ -20,19 +20,14 @@ class Ring:
     def __len__(self) -> int:
         return len(self._positions)
 
-    def extend(self, key: int, homes: list[int], wanted: int) -> None:
-        """Appends successors of ``key`` that are not in ``homes`` yet until it has ``wanted`` of them."""
-        missing = wanted - len(homes)
-        if missing <= 0:
-            return
+    def extend(self, key: int, homes: list[int], missing: int) -> None:
+        """Appends ``missing`` successors of ``key`` that are not in ``homes`` yet."""
         slots, index = self._slots, self._index
         bucket = key >> self._shift
         at = bisect_left(self._positions, key, index[bucket], index[bucket + 1])
         size = len(slots)
         for _ in range(size):
-            if at >= size:
-                at -= size
-            slot = slots[at]
+            slot = slots[at] if at < size else slots[at - size]
             if slot not in homes:
                 homes.append(slot)
                 missing -= 1
@@ -47,13 +42,13 @@ class DualRing:
     ``version`` identifies the members and weights they were built from: equal versions give equal homes everywhere.
     """
 
-    __slots__ = ("_a", "_b", "_wanted_a", "_wanted_both", "members", "version")
+    __slots__ = ("_a", "_b", "_wanted_a", "_wanted_b", "members", "version")
 
     def __init__(self, version: str, members: int, a: Ring, b: Ring) -> None:
         self.version = version
         self.members = members
         self._wanted_a = min(2, members)
-        self._wanted_both = min(MAX_HOMES, members)
+        self._wanted_b = min(MAX_HOMES, members) - self._wanted_a
         self._a = a
         self._b = b
 
@@ -61,6 +56,8 @@ class DualRing:
         """Slots of the key's first two distinct successors on ring A, then of the first two on ring B that differ
         from those. Fewer where the pool has fewer members; of three, ring B names one."""
         found: list[int] = []
-        self._a.extend(key, found, self._wanted_a)
-        self._b.extend(key, found, self._wanted_both)
+        if self._wanted_a:
+            self._a.extend(key, found, self._wanted_a)
+        if self._wanted_b:
+            self._b.extend(key, found, self._wanted_b)
         return tuple(found)

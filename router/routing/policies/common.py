@@ -1,7 +1,6 @@
 """What every policy does alike: turn examined targets into a Decision, and never refuse while a target may serve."""
 
-from collections.abc import Collection, Iterable, Sequence
-from math import inf
+from collections.abc import Collection, Sequence
 
 from router.routing.price import examine, refusal, tpot
 from router.routing.state import FleetView, PoolState
@@ -27,15 +26,6 @@ def no_pool(request: RequestFeatures, policy: RoutingPolicy, now_s: float) -> De
         request.prompt_tokens,
         retry_after_s=_NO_ENDPOINT_RETRY_S,
     )
-
-
-def cheapest(examined: Iterable[ExaminedTarget], best: ExaminedTarget | None = None) -> ExaminedTarget | None:
-    """The eligible target of the lowest price, the first of equals; ``best`` unless one of them is cheaper."""
-    least_s = inf if best is None else best.price_s
-    for candidate in examined:
-        if candidate.price_s < least_s and not candidate.ineligible:
-            best, least_s = candidate, candidate.price_s
-    return best
 
 
 def choose(
@@ -107,7 +97,9 @@ def find_any(
         if len(found) == MAX_LISTED:
             break
     if found:
-        last = examine(view, pool, found, (TargetRole.SCAN,) * len(found), request, policy.alpha, 0.0, exclude, now_s)
+        last: list[ExaminedTarget] = []
+        roles = (TargetRole.SCAN,) * len(found)
+        examine(view, pool, found, roles, request, policy.alpha, 0.0, exclude, now_s, last)
         best = min(last, key=_price)
         reason = RouteReason.RETRY if exclude else RouteReason.ESCAPE
         if len(targets) == 1:
@@ -133,7 +125,9 @@ def pinned(
 ) -> Decision:
     """The caller named a data-parallel rank: the cheapest target of that rank."""
     slots = [state.slot for state in pool.targets if state.target.data_parallel_rank == request.data_parallel_rank]
-    examined = examine(view, pool, slots, (TargetRole.SCAN,) * len(slots), request, policy.alpha, 0.0, exclude, now_s)
+    examined: list[ExaminedTarget] = []
+    roles = (TargetRole.SCAN,) * len(slots)
+    examine(view, pool, slots, roles, request, policy.alpha, 0.0, exclude, now_s, examined)
     eligible = [candidate for candidate in examined if not candidate.ineligible]
     if not eligible:
         full = any(candidate.ineligible is Ineligible.SATURATED for candidate in examined)

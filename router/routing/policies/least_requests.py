@@ -5,7 +5,7 @@ from collections.abc import Collection
 from router.routing.policies.common import choose, find_any
 from router.routing.price import examine, refusal
 from router.routing.state import FleetView, PoolState, TargetState
-from router.routing.types import Decision, RequestFeatures
+from router.routing.types import Decision, ExaminedTarget, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import RouteReason, TargetRole
 
@@ -32,6 +32,7 @@ def decide(
             best, fewest = state, load.inflight
     if best is None:
         return find_any(view, pool, request, policy, now_s, exclude, ())
-    (chosen,) = examine(view, pool, (best.slot,), _SCAN, request, policy.alpha, 0.0, exclude, now_s)
+    examined: list[ExaminedTarget] = []
+    examine(view, pool, (best.slot,), _SCAN, request, policy.alpha, 0.0, exclude, now_s, examined)
     reason = RouteReason.RETRY if exclude else RouteReason.LEAST_REQUESTS
-    return choose(view, pool, request, policy, now_s, (chosen,), chosen, reason)
+    return choose(view, pool, request, policy, now_s, examined, examined[0], reason)

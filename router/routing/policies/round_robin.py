@@ -5,7 +5,7 @@ from collections.abc import Collection
 from router.routing.policies.common import choose, find_any
 from router.routing.price import examine, refusal
 from router.routing.state import FleetView, PoolState
-from router.routing.types import Decision, RequestFeatures
+from router.routing.types import Decision, ExaminedTarget, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import RouteReason, TargetRole
 
@@ -27,7 +27,8 @@ def decide(
         state = targets[(request.sequence + step) % size]
         if refusal(state, view.load(state.slot), request, exclude, now_s):
             continue
-        (chosen,) = examine(view, pool, (state.slot,), _SCAN, request, policy.alpha, 0.0, exclude, now_s)
+        examined: list[ExaminedTarget] = []
+        examine(view, pool, (state.slot,), _SCAN, request, policy.alpha, 0.0, exclude, now_s, examined)
         reason = RouteReason.RETRY if exclude else RouteReason.ROUND_ROBIN
-        return choose(view, pool, request, policy, now_s, (chosen,), chosen, reason)
+        return choose(view, pool, request, policy, now_s, examined, examined[0], reason)
     return find_any(view, pool, request, policy, now_s, exclude, ())

@@ -2,10 +2,10 @@
 
 from collections.abc import Collection
 
-from router.routing.policies.common import cheapest, choose, find_any
+from router.routing.policies.common import choose, find_any
 from router.routing.price import examine
 from router.routing.state import FleetView, PoolState
-from router.routing.types import Decision, RequestFeatures
+from router.routing.types import Decision, ExaminedTarget, RequestFeatures
 from twofold.model.fleet import RoutingPolicy
 from twofold.model.reasons import RouteReason, TargetRole
 
@@ -29,24 +29,23 @@ def decide(
     key, key_depth = view.ring_key(request, pool, policy, now_s)
     alpha = policy.alpha
     homes = pool.ring.homes(key)
-    examined = examine(view, pool, homes, _HOME_ROLES, request, alpha, 0.0, exclude, now_s)
-    best = cheapest(examined)
+    examined: list[ExaminedTarget] = []
+    best = examine(view, pool, homes, _HOME_ROLES, request, alpha, 0.0, exclude, now_s, examined)
     reason = RouteReason.HOME
     if request.block_hashes and view.kv is not None:
         storer = view.kv.last_storer(request.block_hashes)
         if storer is not None and storer[0] not in homes:
-            last = examine(view, pool, storer[:1], _LAST_STORER, request, alpha, 0.0, exclude, now_s)
-            examined += last
-            if cheapest(last, best) is not best:
-                best, reason = last[0], RouteReason.LAST_STORER
+            slots = storer[:1]
+            last = examine(view, pool, slots, _LAST_STORER, request, alpha, 0.0, exclude, now_s, examined, best)
+            if last is not best:
+                best, reason = last, RouteReason.LAST_STORER
     margin_s = policy.margin_s * pool.margin_unit_s
     if best is None or best.price_s > margin_s:
         slot = view.least_work(request, pool, exclude, now_s)
         if slot is not None and all(slot != candidate.slot for candidate in examined):
-            escape = examine(view, pool, (slot,), _ESCAPE, request, alpha, margin_s, exclude, now_s)
-            examined += escape
-            if cheapest(escape, best) is not best:
-                best, reason = escape[0], RouteReason.ESCAPE
+            escape = examine(view, pool, (slot,), _ESCAPE, request, alpha, margin_s, exclude, now_s, examined, best)
+            if escape is not best:
+                best, reason = escape, RouteReason.ESCAPE
     if best is None:
         return find_any(view, pool, request, policy, now_s, exclude, examined, key, key_depth)
     if exclude:
