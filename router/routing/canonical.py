@@ -30,7 +30,9 @@ class _Part(msgspec.Struct):
     input: msgspec.Raw = _NONE
 
 
-class _Message(msgspec.Struct):
+class Message(msgspec.Struct):
+    """A message of a chat, as far as it matters here."""
+
     role: str = ""
     content: str | list[_Part] | None = None
     tool_calls: msgspec.Raw = _NONE
@@ -40,7 +42,7 @@ class _Message(msgspec.Struct):
     name: Any = None
 
 
-_decode_messages = msgspec.json.Decoder(list[_Message]).decode
+_decode_messages = msgspec.json.Decoder(list[Message]).decode
 _decode_parts = msgspec.json.Decoder(list[_Part]).decode
 _decode_text = msgspec.json.Decoder(str).decode
 
@@ -55,14 +57,21 @@ def raw_prompt(*parts: msgspec.Raw) -> bytes:
     return _PART.join(bytes(part) for part in parts if bytes(part))
 
 
-def chat_prompt(tools: msgspec.Raw, messages: msgspec.Raw, system: msgspec.Raw = _NONE) -> bytes:
-    """Tools, then the system text where it stands apart (Anthropic), then the messages."""
+def chat_prompt(tools: msgspec.Raw, messages: msgspec.Raw | list[Message], system: msgspec.Raw = _NONE) -> bytes:
+    """Tools, then the system text where it stands apart (Anthropic), then the messages, decoded or not."""
     out: list[bytes] = []
-    _add_raw(out, tools)
-    if bytes(system):
+    if tools is not _NONE:
+        _add_raw(out, tools)
+    if system is not _NONE and bytes(system):
         out.append(_MESSAGE + b"system" + _ROLE)
         _add_content(out, bytes(system))
-    _add_messages(out, bytes(messages))
+    if isinstance(messages, list):
+        _add_messages(out, messages)
+    elif data := bytes(messages):
+        try:
+            _add_messages(out, _decode_messages(data))
+        except (msgspec.DecodeError, UnicodeError):
+            out.append(data)
     return b"".join(out)
 
 
@@ -81,22 +90,19 @@ def items_prompt(tools: msgspec.Raw, instructions: msgspec.Raw, items: msgspec.R
     return b"".join(out)
 
 
-def _add_messages(out: list[bytes], data: bytes) -> None:
-    if not data:
-        return
-    try:
-        messages = _decode_messages(data)
-    except (msgspec.DecodeError, UnicodeError):
-        out.append(data)
-        return
+_ROLES = {role: _MESSAGE + role.encode() + _ROLE for role in ("system", "user", "assistant", "tool")}
+
+
+def _add_messages(out: list[bytes], messages: list[Message]) -> None:
     for message in messages:
-        out.append(_MESSAGE + text_prompt(message.role) + _ROLE)
+        out.append(_ROLES.get(message.role) or _MESSAGE + text_prompt(message.role) + _ROLE)
         content = message.content
         if isinstance(content, str):
             out.append(text_prompt(content))
         elif content is not None:
             _add_parts(out, content)
-        _add_raw(out, message.tool_calls)
+        if message.tool_calls is not _NONE:
+            _add_raw(out, message.tool_calls)
         if message.type is not None and message.type != "message":
             _add_raw(out, message.arguments)
             _add_raw(out, message.output)

@@ -7,12 +7,13 @@ shape this does not know, its raw JSON stands in for the canonical text: routing
 import math
 from array import array
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 
 from router.routing import headers as names
-from router.routing.canonical import chat_prompt, items_prompt, raw_prompt, text_prompt
+from router.routing.canonical import Message, chat_prompt, items_prompt, raw_prompt, text_prompt
 from router.routing.prefix import chain, chain_seed, unique_key
 from router.routing.types import (
     BadRequest,
@@ -50,13 +51,12 @@ PATHS: dict[bytes, Endpoint] = {
 """Which endpoint a request path is, for the paths that are routed by their ``model``."""
 
 
-class _Body(msgspec.Struct):
+class _Fields(msgspec.Struct):
     """The fields used, of all endpoints together; scalars as whatever they are."""
 
     model: Any = None
     stream: Any = None
     prompt: msgspec.Raw = _NONE
-    messages: msgspec.Raw = _NONE
     tools: msgspec.Raw = _NONE
     input: msgspec.Raw = _NONE
     instructions: msgspec.Raw = _NONE
@@ -97,7 +97,18 @@ class _Body(msgspec.Struct):
     previous_response_id: Any = None
 
 
+class _Body(_Fields):
+    messages: msgspec.Raw = _NONE
+
+
+class _ChatBody(_Fields):
+    """A body whose messages are a chat's; most are."""
+
+    messages: list[Message] = []
+
+
 _decode_body = msgspec.json.Decoder(_Body).decode
+_decode_chat = msgspec.json.Decoder(_ChatBody).decode
 _decode_any = msgspec.json.decode
 _decode_ids = msgspec.json.Decoder(list[int]).decode
 _decode_id_lists = msgspec.json.Decoder(list[list[int]]).decode
@@ -108,7 +119,7 @@ _decode_texts = msgspec.json.Decoder(list[str]).decode
 def parse_request(endpoint: Endpoint, headers: Mapping[bytes, bytes], body: bytes) -> ParsedRequest:
     """Facts of a request. ``headers``: lower-case names. Raises BadRequest for a body that is not a JSON object, is
     nested too deeply, or names its model by something that is not a short string."""
-    fields = _decode(body)
+    fields = _decode(endpoint, body)
     model = fields.model
     if model is None:
         model = ""
@@ -120,23 +131,25 @@ def parse_request(endpoint: Endpoint, headers: Mapping[bytes, bytes], body: byte
         prompt, ids_count, several = _prompt(endpoint, fields)
     except RecursionError:
         raise BadRequest("the request body is nested too deeply") from None
+    stream = fields.stream
+    facts = _NO_FACTS if _ROUTING_HEADERS.isdisjoint(headers) else _header_facts(headers)
     return ParsedRequest(
         endpoint=endpoint,
         model=model,
-        stream=fields.stream is True or fields.stream == 1 or fields.stream == "true",
+        stream=stream is True or (stream is not None and (stream == 1 or stream == "true")),
         prompt=prompt,
         prompt_ids_count=ids_count,
         max_tokens=_positive(fields.max_completion_tokens)
         or _positive(fields.max_tokens)
         or _positive(fields.max_output_tokens),
-        priority=_priority(headers, fields.priority),
+        priority=_priority(facts, fields.priority),
         cache_salt=fields.cache_salt[:MAX_FIELD_CHARS] if isinstance(fields.cache_salt, str) else "",
-        session_id=_session(headers, fields),
-        objective=_header(headers, names.OBJECTIVE),
-        fairness_id=_header(headers, names.FAIRNESS),
-        slo_ttft_s=_milliseconds(headers, names.SLO_TTFT_MS),
-        slo_tpot_s=_milliseconds(headers, names.SLO_TPOT_MS),
-        data_parallel_rank=_rank(headers),
+        session_id=facts.session_id or _previous_response(fields),
+        objective=facts.objective,
+        fairness_id=facts.fairness_id,
+        slo_ttft_s=facts.slo_ttft_s,
+        slo_tpot_s=facts.slo_tpot_s,
+        data_parallel_rank=facts.data_parallel_rank,
         return_token_ids=fields.return_token_ids is True,
         resumability=_resumability(fields, several),
     )
@@ -178,7 +191,12 @@ def to_features(
     )
 
 
-def _decode(body: bytes) -> _Body:
+def _decode(endpoint: Endpoint, body: bytes) -> _Body | _ChatBody:
+    if endpoint is Endpoint.CHAT or endpoint is Endpoint.MESSAGES:
+        try:
+            return _decode_chat(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass  # what is wrong with it, and whether that matters, shows below
     try:
         return _decode_body(body)
     except RecursionError:
@@ -191,7 +209,7 @@ def _decode(body: bytes) -> _Body:
         raise BadRequest(f"the request body is not valid JSON: {_bounded(str(error))}") from None
 
 
-def _prompt(endpoint: Endpoint, fields: _Body) -> tuple[bytes, int | None, bool]:
+def _prompt(endpoint: Endpoint, fields: _Body | _ChatBody) -> tuple[bytes, int | None, bool]:
     """(canonical prompt, exact count of token ids if it was ids, whether there are several prompts)."""
     if endpoint is Endpoint.CHAT:
         return chat_prompt(fields.tools, fields.messages), None, False
@@ -205,7 +223,7 @@ def _prompt(endpoint: Endpoint, fields: _Body) -> tuple[bytes, int | None, bool]
         parts = (fields.query, fields.queries, fields.text_1, fields.documents, fields.text_2)
         return raw_prompt(*parts), None, False
     prompt = fields.prompt if len(bytes(fields.prompt)) else fields.input
-    if not bytes(prompt) and bytes(fields.messages):
+    if not bytes(prompt) and isinstance(fields, _Body) and bytes(fields.messages):
         return chat_prompt(fields.tools, fields.messages), None, False
     if not bytes(prompt):
         return raw_prompt(fields.prompt_embeds), None, False
@@ -234,7 +252,19 @@ def _completion_prompt(raw: msgspec.Raw) -> tuple[bytes, int | None, bool]:
     return data, None, False
 
 
-def _resumability(fields: _Body, several: bool) -> Resumability:
+_resumability_fields = attrgetter(
+    *("n", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "response_format"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "text", "logprobs"),
+    *("prompt_logprobs", "tools", "stop", "stop_token_ids", "stop_sequences", "echo", "use_beam_search", "best_of"),
+    "previous_response_id",
+)
+_NONE_GIVEN = _resumability_fields(_Fields())
+_PLAIN = Resumability()
+
+
+def _resumability(fields: _Fields, several: bool) -> Resumability:
+    if not several and _resumability_fields(fields) == _NONE_GIVEN:
+        return _PLAIN
     n = fields.n if isinstance(fields.n, int) and not isinstance(fields.n, bool) else 1
     return Resumability(
         n=max(1, min(n, 1 << 16)),
@@ -279,10 +309,43 @@ def _header(headers: Mapping[bytes, bytes], aliases: tuple[bytes, ...]) -> str:
     return ""
 
 
-def _session(headers: Mapping[bytes, bytes], fields: _Body) -> str:
-    named = _header(headers, names.SESSION)
-    if named:
-        return named
+class _HeaderFacts(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What the headers say to routing. ``priority`` is None where they say nothing of it."""
+
+    priority: int | None = None
+    session_id: str = ""
+    objective: str = ""
+    fairness_id: str = ""
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    data_parallel_rank: int | None = None
+
+
+_NO_FACTS = _HeaderFacts()
+_ROUTING_HEADERS = frozenset(
+    name
+    for aliases in (
+        *(names.PRIORITY, names.SESSION, names.OBJECTIVE, names.FAIRNESS),
+        *(names.SLO_TTFT_MS, names.SLO_TPOT_MS, names.DATA_PARALLEL_RANK),
+    )
+    for name in aliases
+)
+
+
+def _header_facts(headers: Mapping[bytes, bytes]) -> _HeaderFacts:
+    rank = _small_int(_header(headers, names.DATA_PARALLEL_RANK))
+    return _HeaderFacts(
+        priority=_small_int(_header(headers, names.PRIORITY)),
+        session_id=_header(headers, names.SESSION),
+        objective=_header(headers, names.OBJECTIVE),
+        fairness_id=_header(headers, names.FAIRNESS),
+        slo_ttft_s=_milliseconds(headers, names.SLO_TTFT_MS),
+        slo_tpot_s=_milliseconds(headers, names.SLO_TPOT_MS),
+        data_parallel_rank=rank if rank is not None and 0 <= rank < 1 << 16 else None,
+    )
+
+
+def _previous_response(fields: _Fields) -> str:
     previous = fields.previous_response_id
     return previous[:MAX_FIELD_CHARS] if isinstance(previous, str) else ""
 
@@ -308,19 +371,13 @@ def _small_int(text: str) -> int | None:
         return None
 
 
-def _priority(headers: Mapping[bytes, bytes], field: Any) -> int:
+def _priority(facts: _HeaderFacts, field: Any) -> int:
     """The header wins over the body, as in vLLM."""
-    from_header = _small_int(_header(headers, names.PRIORITY))
-    if from_header is not None:
-        return from_header
+    if facts.priority is not None:
+        return facts.priority
     if isinstance(field, int) and not isinstance(field, bool) and abs(field) < 1 << 31:
         return field
     return 0
-
-
-def _rank(headers: Mapping[bytes, bytes]) -> int | None:
-    rank = _small_int(_header(headers, names.DATA_PARALLEL_RANK))
-    return rank if rank is not None and 0 <= rank < 1 << 16 else None
 
 
 def _bounded(text: str) -> str:

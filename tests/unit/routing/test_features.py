@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.routing import features
+from router.routing.canonical import chat_prompt
 from router.routing.features import MAX_FIELD_CHARS, PATHS, parse_request, to_features
 from router.routing.types import BadRequest, Endpoint, ParsedRequest, Resolved
 from twofold.model.fleet import Pool
@@ -312,3 +314,30 @@ def test_a_named_session_shares_its_own_key() -> None:
 def test_every_routed_path_has_an_endpoint() -> None:
     assert PATHS[b"/v1/chat/completions"] is Endpoint.CHAT
     assert {PATHS[path] for path in PATHS} == set(Endpoint)
+
+
+_LOOSE = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=6) | st.sampled_from(["user", "text"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "type", "tool_calls", "name"]), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"model": st.just("m")},
+        optional={
+            "messages": _LOOSE | st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": _LOOSE})),
+            "tools": _LOOSE,
+            "system": _LOOSE,
+        },
+    )
+)
+def test_messages_of_any_shape_give_the_prompt_that_their_raw_json_gives(body: dict[str, Any]) -> None:
+    data = json.dumps(body).encode()
+    raw = features._decode_body(data)
+    assert parse_request(Endpoint.CHAT, {}, data).prompt == chat_prompt(raw.tools, raw.messages)
+    assert parse_request(Endpoint.MESSAGES, {}, data).prompt == chat_prompt(raw.tools, raw.messages, raw.system)
