@@ -48,6 +48,7 @@ class LaunchGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Name as the fleet sees it."""
     group: WorkerGroup
     data_parallel_size: int = 1
+    kv_events: bool = False
 
     @property
     def key(self) -> Key:
@@ -69,6 +70,7 @@ def launch_groups(file: FleetFile) -> dict[Key, LaunchGroup]:
                     profile=profile.name,
                     group=group,
                     data_parallel_size=group.data_parallel_size or profile.data_parallel,
+                    kv_events=pool.kv_events,
                 )
                 groups[launch.key] = launch
     return groups

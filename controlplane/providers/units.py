@@ -12,6 +12,16 @@ from controlplane.plan import Desired, LaunchGroup
 
 HOST = "127.0.0.1"
 DEFAULT_VLLM_ENV = {"VLLM_NO_USAGE_STATS": "1"}
+_KV_EVENTS_FLAG = "--kv-events-config"
+_KV_EVENTS = json.dumps(
+    {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        # Any free port: routers ask each engine where it publishes.
+        "endpoint": "tcp://*:0",
+        "replay_endpoint": "tcp://*:0",
+    }
+)
 
 
 class Unit(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,14 +87,19 @@ def _indices(launch: LaunchGroup, desired: Desired, present: set[int]) -> list[i
 def command(unit: Unit, port: int, profile_file: str) -> tuple[list[str], dict[str, str]]:
     """Arguments of the unit's process and the variables added to its environment."""
     group = unit.launch.group
+    publishes = unit.launch.kv_events and not any(_KV_EVENTS_FLAG in arg for arg in group.engine_args)
+    kv_events = (_KV_EVENTS_FLAG, _KV_EVENTS) if publishes else ()
     if group.engine is Engine.VLLM:
         argv = [
             *(group.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--host", HOST, "--port", str(port)),
             *("--served-model-name", unit.launch.model),
+            *kv_events,
             *group.engine_args,
         ]
-        return argv, {**DEFAULT_VLLM_ENV, **group.env}
+        # vLLM binds port 0 at its node's address; that is the one that routers reach it by.
+        host = {"VLLM_HOST_IP": HOST} if kv_events else {}
+        return argv, {**DEFAULT_VLLM_ENV, **host, **group.env}
     argv = [
         *(group.python or sys.executable, "-m", "emulator"),
         *("--profile", group.profile, "--model", unit.launch.model),
@@ -97,7 +112,7 @@ def command(unit: Unit, port: int, profile_file: str) -> tuple[list[str], dict[s
         argv += ["--profile-file", profile_file]
     if group.fault_injection:
         argv += ["--admin-port", str(port + FAULT_PORT_OFFSET), "--enable-fault-injection"]
-    return [*argv, *group.engine_args], dict(group.env)
+    return [*argv, *kv_events, *group.engine_args], dict(group.env)
 
 
 def fingerprint(unit: Unit, profiles: Iterable[Mapping[str, object]]) -> str:

@@ -152,7 +152,8 @@ class RelayService:
         }
         context = self._context
         now_s = context.clock()
-        features, _, _ = self._features(endpoint, fields, body, b"explain", now_s)
+        features, resolved, parsed = self._features(endpoint, fields, body, b"explain", now_s)
+        features = context.exact.prepare_now(features, parsed, resolved, body)
         return ExplainedDecision.of(
             context.fleet.live.decide(features, now_s),
             at_s=context.wall_clock(),

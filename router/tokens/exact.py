@@ -28,6 +28,7 @@ INLINE_BLOCKS = 256
 SLICE_BLOCKS = 256
 DEADLINE_S = 0.05
 """Longest that a request waits for its hashes."""
+NOW_S = 1.0
 MAX_QUEUED = 64
 """Requests whose prompts wait to be tokenised; beyond it they are decided without."""
 MAX_BODY_BYTES = 4 << 20
@@ -90,6 +91,8 @@ class ExactPrefixes:
             same = known is not None and known.pool == pool
             pools[pool.name] = known if known is not None and same else _Pool(pool, paths)
             pools[pool.name].adapter_paths = paths
+            if pool.tokenizer and not same:
+                self._start_thread().submit(_load, pools[pool.name])
         self._pools = pools
 
     def close(self) -> None:
@@ -122,6 +125,13 @@ class ExactPrefixes:
             return features
         return Preparation(self, pool, reader, features, parsed, adapter, body)
 
+    def prepare_now(
+        self, features: RequestFeatures, parsed: ParsedRequest, resolved: Resolved, body: bytes
+    ) -> RequestFeatures:
+        """The same at once, however long it takes (at most NOW_S to tokenise): for ``explain``."""
+        prepared = self.prepare(features, parsed, resolved, body)
+        return prepared.now() if isinstance(prepared, Preparation) else prepared
+
     def _from_ids(
         self,
         pool: _Pool,
@@ -140,10 +150,13 @@ class ExactPrefixes:
 
     def submit(self, pool: _Pool, body: bytes, *, chat: bool) -> "Future[array[int]]":
         """Tokenise a body in the thread."""
+        self._queued += 1
+        return self._start_thread().submit(_tokenize, pool, body, chat)
+
+    def _start_thread(self) -> ThreadPoolExecutor:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokens")
-        self._queued += 1
-        return self._threads.submit(_tokenize, pool, body, chat)
+        return self._threads
 
     def submitted_done(self) -> None:
         """A body left the thread's queue (event loop)."""
@@ -216,6 +229,23 @@ class Preparation:
 
         future.add_done_callback(done)
 
+    def now(self) -> RequestFeatures:
+        """Do the work here and now."""
+        work, tokens = self._work, self._tokens
+        if work is None:
+            future = self._owner.submit(self._pool, self._body, chat=self._parsed.endpoint is _CHAT)
+            try:
+                ids = future.result(NOW_S)
+            except Exception:
+                return self._features
+            finally:
+                self._owner.submitted_done()
+            tokens = len(ids)
+            work = self._pool.blocks.work(ids, cache_salt=self._parsed.cache_salt, adapter=self._adapter)
+        while not work.step(1 << 20, self._reader.is_held):
+            pass
+        return with_blocks(self._features, work, self._pool.blocks, tokens)
+
     def cancel(self) -> None:
         """Nobody waits any more. Idempotent."""
         self._ready = None
@@ -229,7 +259,7 @@ class Preparation:
         except asyncio.CancelledError:
             return
         except Exception as error:
-            if not isinstance(error, Unsupported | TokenizerError):
+            if not isinstance(error, Unsupported):
                 log.warning("cannot tokenise a prompt", extra={"pool": self._features.pool, "cause": repr(error)[:200]})
             self._finish("failed", self._features)
             return
@@ -275,17 +305,22 @@ def with_blocks(features: RequestFeatures, work: BlockWork, blocks: PromptBlocks
     )
 
 
-def _tokenize(pool: _Pool, body: bytes, chat: bool) -> "array[int]":
+def _load(pool: _Pool) -> None:
     # Vocabularies take memory that most relays need not spend.
-    from router.tokens.tokenizers import body_ids, load
+    from router.tokens.tokenizers import load
+
+    try:
+        pool.tokenizer = load(pool.pool.tokenizer)
+    except TokenizerError as error:
+        pool.broken = True
+        log.error("no tokenizer", extra={"pool": pool.pool.name, "cause": str(error)})
+
+
+def _tokenize(pool: _Pool, body: bytes, chat: bool) -> "array[int]":
+    from router.tokens.tokenizers import body_ids
 
     if pool.tokenizer is None:
-        try:
-            pool.tokenizer = load(pool.pool.tokenizer)
-        except TokenizerError as error:
-            pool.broken = True
-            log.error("no tokenizer", extra={"pool": pool.pool.name, "cause": str(error)})
-            raise
+        raise Unsupported("the pool's tokenizer could not be loaded")
     try:
         fields = _decode(body)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):

@@ -56,7 +56,8 @@ class Emulator:
 
     def get(self, path: str) -> Any:
         """JSON of a GET on the admin port."""
-        return json.loads(urllib.request.urlopen(self.admin_url + path, timeout=10).read())
+        with urllib.request.urlopen(self.admin_url + path, timeout=10) as reply:
+            return json.loads(reply.read())
 
     def truth(self, engine: int = 0, rank: int = 0) -> dict[int, int]:
         """What the prefix cache of an engine holds: copies by block hash."""
@@ -72,7 +73,8 @@ class Emulator:
 def post(url: str, body: Any, timeout_s: float = 60.0) -> Any:
     """JSON answer to a POST of JSON. Raises urllib.error.HTTPError."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    return json.loads(urllib.request.urlopen(request, timeout=timeout_s).read())
+    with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+        return json.loads(reply.read())
 
 
 def kv_events(**fields: Any) -> tuple[str, str]:
