@@ -8,12 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 from support.emulators import Emulator, kv_events, post
+from support.following import BLOCK, Following, table, target
 
 from router.routing.kv_index import ViewState
 from twofold.model.block_hash import BlockHasher
 from twofold.model.fleet import HashAlgorithm
-
-from .following import BLOCK, Following, table, target
 
 SMALL = ("--profile", "h100-8b-tp1", "--model", "m", "--kv-capacity-tokens", str(BLOCK * 300), "--time-scale", "200")
 CALLS, PROMPTS = 250, 40
