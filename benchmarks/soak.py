@@ -308,7 +308,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=15.0, help="measured time (default 15)")
     parser.add_argument("--itl-s", type=float, default=0.5, help="time between tokens of a stream (default 0.5)")
     parser.add_argument("--ramp-s", type=float, default=20.0, help="time in which the streams start (default 20)")
-    parser.add_argument("--warmup-s", type=float, default=60.0, help="time with all streams before measuring")
+    parser.add_argument(
+        "--warmup-s", type=float, default=120.0, help="time with all streams before measuring (default 120)"
+    )
     parser.add_argument(
         "--fill-requests", type=int, default=150_000, help="short requests at first, to fill tables (default 150000)"
     )

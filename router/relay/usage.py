@@ -28,7 +28,17 @@ class RelayUsage:
         self._retry_tokens = gauge("twofold_retry_tokens", "Retries that may be made at once").cell()
         self._decisions = gauge("twofold_decisions_kept", "Decisions remembered for explain").cell()
         self._popularity = gauge("twofold_popularity_entries", "Prefixes whose popularity is counted").cell()
-        self._bounds = gauge("twofold_bound", "Bounds of all relays together, by name as in limit hits", ("limit",))
+        bounds = gauge("twofold_bound", "Bounds of all relays together, by name as in limit hits", ("limit",))
+        self._backlog = bounds.cell("accept_queue")
+        settings = context.settings
+        for limit, bound in (
+            ("connections", settings.max_connections),
+            ("requests", settings.max_requests),
+            ("buffered_bytes", settings.max_buffered_bytes),
+            ("decisions", settings.decisions_kept),
+            ("retry_budget", settings.retry_burst),
+        ):
+            slab.set(bounds.cell(limit), bound)
 
         def flow(name: str, text: str) -> Flow:
             return Flow(slab, counter(name, text).cell())
@@ -60,16 +70,7 @@ class RelayUsage:
         put(self._retry_tokens, context.retries.tokens)
         put(self._decisions, len(context.decisions))
         put(self._popularity, usage.popularity_entries)
-        settings = context.settings
-        for limit, bound in (
-            ("accept_queue", backlog),
-            ("connections", settings.max_connections),
-            ("requests", settings.max_requests),
-            ("buffered_bytes", settings.max_buffered_bytes),
-            ("decisions", settings.decisions_kept),
-            ("retry_budget", settings.retry_burst),
-        ):
-            put(self._bounds.cell(limit), bound)
+        put(self._backlog, backlog)
         self._connects.to(counts.opened)
         self._forgotten.to(context.decisions.forgotten)
         self._rescans.to(usage.dirty_rescans)
