@@ -12,7 +12,7 @@ PEERS ?= nginx,vllm-router,sglang-router
 PYTEST_ARGS ?=
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo up test test-source test-wheel test-vllm lint soak proto lock replay-mooncake bench-calibration bench-decision bench-kvevents bench-dataplane bench-probes bench-controlplane clean
+.PHONY: help demo up test test-source test-wheel test-vllm lint bench-profiler soak proto lock replay-mooncake bench-calibration bench-decision bench-kvevents bench-dataplane bench-probes bench-controlplane clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ bench-dataplane: $(STAMP) ## CPU per request and event beside PEERS=nginx,vllm-r
 
 bench-calibration: $(STAMP) ## a measured profile: emulator beside the real engine, same requests (installs vLLM CPU)
 	@TWOFOLD_VLLM_VENV=$$(scripts/install_vllm.sh) $(BIN)/python benchmarks/bench_calibration.py $(ARGS)
+
+bench-profiler: $(STAMP) ## cost of a profile to the process that is profiled
+	@$(BIN)/python benchmarks/bench_profiler.py $(ARGS)
 
 soak: $(STAMP) ## 2,000 verified streams for 15 min through one replica (ARGS="--streams N --minutes M")
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
