@@ -90,7 +90,7 @@ class ElasticScaling:
             exchange.respond(408, error_body(message, "Request Timeout", None, 408))
         except ValueError as error:
             exchange.respond(400, error_body(str(error), "Bad Request", None, 400))
-        except ScaleFailed as error:
+        except (ScaleFailed, OSError) as error:  # OSError: a new rank's port for KV events is taken
             log.warning("scaling failed", extra={"reason": str(error)})
             exchange.respond(500, error_body("Scale failed", "Internal Server Error", None, 500))
         else:

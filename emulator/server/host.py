@@ -84,6 +84,11 @@ class EngineHost:
             make_rank=self._make_rank,
         )
         self.app.event_sources = self.kv_events.sources
+        self.app.ranks_left = self._forget_events_of
+
+    def _forget_events_of(self, ranks: list[RealTimeEngine]) -> None:
+        for engine in ranks:
+            self.kv_events.detach(engine, int(engine.metrics.engine))
 
     def _make_rank(self, rank: int) -> RealTimeEngine:
         settings = self._settings
@@ -103,7 +108,8 @@ class EngineHost:
         engine.stream_interval_tokens = settings.stream_interval
         engine.on_death = lambda mode: self._die(engine, mode)
         engine.on_idle = lambda: self.on_idle()
-        self.kv_events.attach(engine, rank=rank, offset=self.index * settings.data_parallel_size + rank)
+        most_ranks = max(settings.data_parallel_size, settings.elastic_ep_max_dp_size or 1)
+        self.kv_events.attach(engine, rank=rank, offset=self.index * most_ranks + rank)
         return engine
 
     def _hasher(self) -> BlockHasher | None:

@@ -214,6 +214,13 @@ class KvFeeds:
         if self._timer is None:
             self._timer = self._loop.call_later(REPLAY_POLL_S, self._serve_replays)
 
+    def detach(self, engine: RealTimeEngine, rank: int) -> None:
+        """Publish no more of ``engine`` and close its sockets."""
+        engine.on_events = None
+        publisher = self._publishers.pop(rank, None)
+        if publisher is not None:
+            publisher.close()
+
     def sources(self) -> dict[str, KvEventsConfig]:
         """What ``GET /kv_event_sources`` answers: the configuration by rank."""
         return {str(rank): publisher.config for rank, publisher in sorted(self._publishers.items())}
