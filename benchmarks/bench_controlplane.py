@@ -30,7 +30,8 @@ import yaml
 from lib_fleet import engines, free_port, usage
 from lib_replicas import PROBE_S
 
-ROUND_S = 0.01
+from controlplane.routers.hub import ROUND_S
+
 TICK_S = 0.02
 SETTLE_S = 3.0
 _PIDFD_GETFD = 438
@@ -334,7 +335,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="twofold-bench-") as directory:
-        result = bench(options, Path(directory))
+        try:
+            result = bench(options, Path(directory))
+        except BaseException:
+            tail = (Path(directory) / "controlplane.log").read_text().splitlines()[-20:]
+            sys.stderr.write("\n".join(tail) + "\n")
+            raise
     print("RESULT " + json.dumps(result))
 
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 JITTER = 0.2
 FACTS_EVERY_S = 60.0
 MAX_CONCURRENT = 512
+MAX_PER_S = 500.0
+"""Workers in one state (see Intervals) are probed at most this often together; where they are more, each less often."""
 
 
 class Intervals(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +50,8 @@ class Plan(msgspec.Struct, kw_only=True):
     entry: int = 0
     """Number of its valid heap entry; older entries of the worker are stale."""
     running: bool = False
+    state: str = ""
+    """Field of Intervals that it was scheduled by last."""
     facts_s: float = -1e18
     facts: EngineFacts | None = None
     engine_started: int = 0
@@ -85,6 +90,7 @@ class Prober:
         self._entries = itertools.count(1)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._states: Counter[str] = Counter()
         self._random = random.Random()
         self._loop_task: asyncio.Task[None] | None = None
         self.deferred = 0
@@ -111,8 +117,9 @@ class Prober:
         """Probe exactly these (worker id, url, upstream model) from now on; new ones at once."""
         wanted = {worker_id: (url, model) for worker_id, url, model in workers}
         for worker_id in [worker_id for worker_id in self._plans if worker_id not in wanted]:
-            del self._plans[worker_id]
+            self._enter_state(self._plans.pop(worker_id), "")
         now_s = time.monotonic()
+        spread_s = max(JITTER, (len(wanted) - len(self._plans)) / MAX_PER_S)
         for worker_id, (url, model) in wanted.items():
             plan = self._plans.get(worker_id)
             if plan is None:
@@ -120,7 +127,8 @@ class Prober:
                 sequence = time.monotonic_ns()
                 plan = Plan(worker_id=worker_id, url=url, model=model, due_s=now_s, sequence=sequence)
                 self._plans[worker_id] = plan
-                self._schedule(plan, now_s + self._random.uniform(0, JITTER))
+                self._enter_state(plan, "unsure")
+                self._schedule(plan, now_s + self._random.uniform(0, spread_s))
             elif (plan.url, plan.model) != (url, model):
                 plan.url, plan.model, plan.facts = url, model, None
                 self._schedule(plan, now_s)
@@ -136,7 +144,8 @@ class Prober:
         plan.due_s = due_s
         plan.entry = next(self._entries)
         heapq.heappush(self._heap, (due_s, plan.entry, plan.worker_id))
-        self._wake.set()
+        if self._heap[0][1] == plan.entry:
+            self._wake.set()
 
     async def _run(self) -> None:
         while True:
@@ -160,8 +169,9 @@ class Prober:
                     await self._wake.wait()
 
     def _done(self, task: "asyncio.Task[None]") -> None:
+        if len(self._tasks) >= MAX_CONCURRENT:
+            self._wake.set()
         self._tasks.discard(task)
-        self._wake.set()
         if not task.cancelled() and task.exception() is not None:
             log.error("a probe broke", exc_info=task.exception(), extra={"task": task.get_name()})
 
@@ -180,7 +190,7 @@ class Prober:
         finally:
             plan.running = False
             if self._plans.get(plan.worker_id) is plan:
-                interval_s = self._interval_s(plan.worker_id)
+                interval_s = self._interval_s(plan)
                 self._schedule(plan, time.monotonic() + interval_s * self._random.uniform(1 - JITTER, 1 + JITTER))
 
     def _finish(self, plan: Plan, url: str, finding: Finding, begun_s: float) -> None:
@@ -215,17 +225,28 @@ class Prober:
             )
         )
 
-    def _interval_s(self, worker_id: str) -> float:
-        intervals = self._intervals
+    def _interval_s(self, plan: Plan) -> float:
+        """Seconds to its next probe."""
+        state = self._state(plan.worker_id)
+        self._enter_state(plan, state)
+        wanted_s: float = getattr(self._intervals, state)
+        return max(wanted_s, self._states[state] / MAX_PER_S)
+
+    def _enter_state(self, plan: Plan, state: str) -> None:
+        self._states[plan.state] -= 1
+        self._states[state] += 1
+        plan.state = state
+
+    def _state(self, worker_id: str) -> str:
         record = self._record(worker_id)
         if record is None or record.health in (Health.STARTING, Health.SUSPECT) or record.failed_probes:
-            return intervals.unsure
+            return "unsure"
         if record.health is Health.GONE:
-            return intervals.gone
+            return "gone"
         stands_still = any(rank.moved_s < (record.last_ok_s or 0) for rank in record.ranks)
         if record.health is Health.RECONFIGURING or stands_still:
-            return intervals.unreported
-        return intervals.reported if self._routers_report() else intervals.unreported
+            return "unreported"
+        return "reported" if self._routers_report() else "unreported"
 
 
 def _started(finding: Finding) -> int:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MAX_REPLICAS = 256
 MAX_COMMANDS = 64
 GONE_AFTER_S = 2.0
-ROUND_S = 0.01
+ROUND_S = 0.015
 SEND_COST_S = 300e-6
 """Rounds are spaced so that passing load on, one message to each replica, takes a bounded share of one core."""
 MAX_BATCH_BYTES = 4 << 20

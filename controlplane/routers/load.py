@@ -1,8 +1,8 @@
 """The load that one replica reports: absolute values by target ordinal, and what changed lately."""
 
-import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from math import inf
 from typing import NamedTuple
 
 from twofold.v1 import router_pb2
@@ -26,6 +26,8 @@ class Row(NamedTuple):
     failures: int
 
 
+_Values = tuple[int, int, float, float, float, float, int]
+"""A Row as a plain tuple (0: requests in flight, 6: failures), which is what thousands a second are kept as."""
 _COLUMNS = Row._fields
 
 
@@ -51,7 +53,7 @@ class ReplicaLoad:
         self.sequence = -1
         self.inflight = 0
         self._epoch = 0
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, _Values] = {}
         self._recent: deque[tuple[router_pb2.LoadTick, tuple[int, ...]]] = deque(maxlen=RECENT_TICKS)
         self._encoded: OrderedDict[int, bytes] = OrderedDict()
 
@@ -69,10 +71,13 @@ class ReplicaLoad:
         for name, column in zip(_COLUMNS, columns, strict=True):
             if len(column) != count:
                 raise LoadError(f"load.{name}", f"{len(column)} values for {count} ordinals")
-        if count and max(tick.ordinals) >= MAX_ORDINAL:
-            raise LoadError("load.ordinals", f"a value above {MAX_ORDINAL}")
-        if count and not all(math.isfinite(sum(column)) and min(column) >= 0 for column in columns[2:6]):
-            raise LoadError("load", "a value that is negative or not finite")
+        rows = list(zip(tick.ordinals, zip(*columns, strict=True), strict=True))
+        for ordinal, (_, _, tokens, seconds, kv_tokens, stored, _) in rows:
+            if ordinal >= MAX_ORDINAL:
+                raise LoadError("load.ordinals", f"a value above {MAX_ORDINAL}")
+            # Written so that it is false for NaN.
+            if not (0.0 <= tokens < inf and 0.0 <= seconds < inf and 0.0 <= kv_tokens < inf and 0.0 <= stored < inf):
+                raise LoadError("load", "a value that is negative or not finite")
         if tick.sequence <= self.sequence:
             return []
         if tick.epoch != self._epoch:
@@ -80,30 +85,30 @@ class ReplicaLoad:
             self._recent.clear()
         self.sequence = tick.sequence
         failures = []
-        for ordinal, *values in zip(tick.ordinals, *columns, strict=True):
-            row = Row._make(values)
-            before = self._rows.get(ordinal, _NOTHING)
-            self._rows[ordinal] = row
-            self.inflight += row.inflight - before.inflight
-            if row.failures != before.failures:
-                failures.append((ordinal, row.failures))
+        held = self._rows
+        for ordinal, row in rows:
+            before = held.get(ordinal, _NOTHING)
+            held[ordinal] = row
+            self.inflight += row[0] - before[0]
+            if row[6] != before[6]:
+                failures.append((ordinal, row[6]))
         self.serial += 1
-        self._recent.append((tick, tuple(tick.ordinals)))
+        self._recent.append((tick, tuple([ordinal for ordinal, _ in rows])))
         self._encoded.clear()
         return failures
 
     def row(self, ordinal: int) -> Row:
         """Present values of a target; zeros where it reported none."""
-        return self._rows.get(ordinal, _NOTHING)
+        return Row._make(self._rows.get(ordinal, _NOTHING))
 
     def rows(self) -> Iterable[tuple[int, Row]]:
         """All rows."""
-        return self._rows.items()
+        return ((ordinal, Row._make(row)) for ordinal, row in self._rows.items())
 
     def keep_only(self, ordinals: set[int]) -> None:
         """Forget targets that are no more, so that their number can mean another one later."""
         for ordinal in [ordinal for ordinal in self._rows if ordinal not in ordinals]:
-            self.inflight -= self._rows.pop(ordinal).inflight
+            self.inflight -= self._rows.pop(ordinal)[0]
 
     def since(self, serial: int) -> bytes:
         """Encoded ReportResponse with what a reader at ``serial`` (0: nothing) does not know yet.
@@ -147,4 +152,4 @@ class ReplicaLoad:
         return tick
 
 
-_NOTHING = Row(0, 0, 0.0, 0.0, 0.0, 0.0, 0)
+_NOTHING: _Values = (0, 0, 0.0, 0.0, 0.0, 0.0, 0)

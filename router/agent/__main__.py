@@ -1,6 +1,7 @@
 """``python -m router.agent``: the agent of a replica; started by the launcher."""
 
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ EXIT_USAGE = 2
 
 async def _run(settings: AgentSettings, credentials: Credentials, replica: SharedReplica) -> bool:
     agent = Agent(settings, credentials, replica)
+    # Few cycles come to be here, and many values live long: collect rarely, and not what stands since the start.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     await agent.run()
     return not agent.failed
 
