@@ -2,7 +2,7 @@
 
 An entry says "this chunk chain was sent to that target when the target had stored so many tokens". It is stale once
 the target has stored more than its KV capacity since: an LRU cache has then turned over. Prompts are entered at the
-depths of ``prefix.DEPTH_SCHEDULE`` only; every entry also names the deepest chunk of its prompt, so that the next turn
+depths of ``prefix.DEPTH_SCHEDULE`` only; the deepest of them also names the prompt's last chunk, so that the next turn
 of a conversation is recognised to the full depth of the last one.
 
 Entries that were made a short while ago are left as they are, so that a prefix which is sent again and again costs one
@@ -86,6 +86,9 @@ class PrefixWriter:
         words, region, mask, first_word = self._words, self._region, self._mask, self._first_word
         stamp, time = max(0, int(stamp_tokens)), max(0, int(now_s * 1e6))
         entered: list[int] = []
+        # Only the deepest of the entries leads on to the prompt's end: what ends here, or goes on from here, is told
+        # apart by what is entered beyond.
+        tail = deepest
         for value in reversed(hashes):
             key = value ^ salt
             bucket = key & mask
@@ -93,29 +96,30 @@ class PrefixWriter:
             tags = _TAGS(region, bucket * _BUCKET_TAGS_BYTES)
             at = first_word + bucket * _WORDS
             if tag in tags:
-                way = tags.index(tag)
-                at += way
+                at += tags.index(tag)
                 known = words[at + _STAMPS]
+                if tail:
+                    words[at] = tail
+                words[at + _TIMES] = time
                 if 0 <= stamp - known <= young_tokens:
-                    words[at] = deepest
-                    words[at + _TIMES] = time
                     if known != stamp:
                         for at in entered:
                             words[at + _STAMPS] = known
                     break
-            elif 0 in tags:
-                way = tags.index(0)
-                at += way
             else:
-                self.evictions += 1
-                times = _QUADS(region, 8 * (at + _TIMES))
-                way = times.index(min(times))
+                if 0 in tags:
+                    way = tags.index(0)
+                else:
+                    self.evictions += 1
+                    times = _QUADS(region, 8 * (at + _TIMES))
+                    way = times.index(min(times))
                 at += way
-            words[at] = deepest
+                words[at] = tail
+                words[at + _TIMES] = time
+                self._tags[bucket * _WAYS + way] = tag
             words[at + _STAMPS] = stamp
-            words[at + _TIMES] = time
-            self._tags[bucket * _WAYS + way] = tag
             entered.append(at)
+            tail = 0
         return len(entered)
 
     def forget(self, salt: int, hashes: Sequence[int], entered: int, now_s: float) -> None:
@@ -136,7 +140,8 @@ class PrefixWriter:
                 return
             if number >= entered:
                 # It was there before; only the prompt that it led to is not.
-                words[at] = value
+                if not number:
+                    words[at] = 0
                 return
             self._tags[bucket * _WAYS + way] = 0
             words[at + _TIMES] = 0
@@ -154,11 +159,14 @@ class PrefixReader:
         self._first_word = buckets * _BUCKET_TAGS_BYTES // 8
         self._mask = buckets - 1
 
-    def cached_chunks(self, salt: int, chain: Chain, stored_tokens: float, capacity_tokens: float) -> int:
+    def cached_chunks(
+        self, salt: int, chain: Chain, stored_tokens: float, capacity_tokens: float, likely: int = 0
+    ) -> int:
         """Leading chunks of ``chain`` that the target of ``salt`` holds or has queued, by what was sent to it.
 
         ``stored_tokens`` is the target's clock now, ``capacity_tokens`` its KV capacity. Most targets know nothing of
-        a prompt: their first chunk is looked for, no more. Else a few probes at the deep end, then a binary search.
+        a prompt: their first chunk is looked for, no more. Else the depth of the schedule numbered ``likely`` is, from
+        which on most know all or nothing, then a few at the deep end of what is left, then it is halved.
         """
         region, mask = self._region, self._mask
         key = chain[0] ^ salt
@@ -169,8 +177,13 @@ class PrefixReader:
         low, high = 0, scheduled_count(chunks) if chunks > 1 else 1
         deepest = probes = 0
         while low < high:
-            middle = high - 1 if probes < _DEEP_PROBES else (low + high) // 2
-            probes += 1
+            if low < likely < high:
+                middle, likely = likely, 0
+            elif probes < _DEEP_PROBES:
+                middle = high - 1
+                probes += 1
+            else:
+                middle = (low + high) // 2
             key = chain[_CHUNK_AT[middle]] ^ salt
             bucket = key & mask
             tags = _TAGS(region, bucket * _BUCKET_TAGS_BYTES)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from math import ceil, inf
 
 from router.routing.accounts import Load
+from router.routing.prefix import scheduled_count
 from router.routing.state import FleetView, PoolState, TargetState
 from router.routing.types import ExaminedTarget, RequestFeatures
 from twofold.model.reasons import Ineligible, TargetRole
@@ -49,6 +50,7 @@ def examine(
     now_s: float,
     examined: list[ExaminedTarget],
     best: ExaminedTarget | None = None,
+    key_depth: int = 0,
 ) -> ExaminedTarget | None:
     """Appends to ``examined`` the targets at ``slots`` (those that the pool has), in their ``roles``, with eligibility
     and price: ``(1 - alpha) * own_reference + alpha * (own + wait) + margin``. Returns the cheapest that is eligible,
@@ -60,6 +62,8 @@ def examine(
     """
     by_slot, loads = pool.by_slot, view.load
     tokens, chain, reported = request.prompt_tokens, request.chain, request.block_hashes
+    # What a target holds of a prompt mostly ends before the ring key's chunk, or goes on past it.
+    likely = scheduled_count(key_depth) - 1 if key_depth > 1 else 0
     particular = bool(exclude or request.adapter)
     least_s = inf if best is None else best.price_s
     for number, slot in enumerate(slots):
@@ -84,7 +88,7 @@ def examine(
         if reported:
             cached = _reported_tokens(view, state, request, load)
         elif chain:
-            chunks = view.cached_chunks(state.salt, chain, load.stored_tokens, state.kv_capacity_tokens)
+            chunks = view.cached_chunks(state.salt, chain, load.stored_tokens, state.kv_capacity_tokens, likely)
             if chunks:
                 # The last prompt token is always computed: its logits give the first output token.
                 cached = min(int(chunks * request.chunk_tokens), tokens - 1)
@@ -139,7 +143,7 @@ def _reported_tokens(view: FleetView, state: TargetState, request: RequestFeatur
     window_tokens = load.queued_tokens if exact else state.kv_capacity_tokens
     chunks = 0
     if request.chain and window_tokens:
-        chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, window_tokens)
+        chunks = view.cached_chunks(state.salt, request.chain, load.stored_tokens, window_tokens, 0)
     # Engines look whole blocks up, and never the last token: its logits give the first output token.
     known = min(known, (request.prompt_tokens - 1) // request.block_tokens)
     tokens = max(known * request.block_tokens, int(chunks * request.chunk_tokens))

@@ -148,7 +148,7 @@ class FleetView(Protocol):
         """Load of the target at a slot, summed over the replica and the other replicas."""
 
     @property
-    def cached_chunks(self) -> Callable[[int, Chain, float, float], int]:
+    def cached_chunks(self) -> Callable[[int, Chain, float, float, int], int]:
         """Leading chunks of a chain that a target holds or has queued; see ``PrefixReader.cached_chunks``."""
 
     @property

@@ -30,7 +30,7 @@ def decide(
     alpha = policy.alpha
     homes = pool.ring.homes(key)
     examined: list[ExaminedTarget] = []
-    best = examine(view, pool, homes, _HOME_ROLES, request, alpha, 0.0, exclude, now_s, examined)
+    best = examine(view, pool, homes, _HOME_ROLES, request, alpha, 0.0, exclude, now_s, examined, None, key_depth)
     reason = RouteReason.HOME
     if request.block_hashes and view.kv is not None:
         storer = view.kv.last_storer(request.block_hashes)
@@ -43,7 +43,9 @@ def decide(
     if best is None or best.price_s > margin_s:
         slot = view.least_work(request, pool, exclude, now_s)
         if slot is not None and all(slot != candidate.slot for candidate in examined):
-            escape = examine(view, pool, (slot,), _ESCAPE, request, alpha, margin_s, exclude, now_s, examined, best)
+            escape = examine(
+                view, pool, (slot,), _ESCAPE, request, alpha, margin_s, exclude, now_s, examined, best, key_depth
+            )
             if escape is not best:
                 best, reason = escape, RouteReason.ESCAPE
     if best is None:

@@ -220,6 +220,28 @@ def test_young_entries_are_left_alone_and_nothing_is_believed_longer_or_deeper_f
             assert held >= thorough.held(asked, stored, capacity - young)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(0, 600), st.integers(0, 80), st.integers(0, 2**32))
+def test_where_the_search_begins_changes_nothing_of_what_it_finds(
+    sent_length: int, asked_length: int, shared: int, likely: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    sent = random_chain(rng, sent_length)
+    asked = random_chain(rng, asked_length, sent[: min(shared, sent_length, asked_length)])
+    table = Table()
+    table.send(sent)
+    assert table.reader.cached_chunks(SALT, asked, 0.0, 1.0, likely) == table.held(asked, capacity=1.0)
+
+
+def test_a_shorter_prompt_is_still_known_whole_after_a_longer_one_passed_it() -> None:
+    table = Table()
+    rng = random.Random(1)
+    short = random_chain(rng, 50)
+    table.send(short)
+    table.send(random_chain(rng, 120, short[:49]))
+    assert table.held((*short, 1)) == 50, "48 is the schedule's depth; the rest is known by its end"
+
+
 def test_a_prompt_sent_again_and_again_costs_one_look() -> None:
     table = Table()
     values = random_chain(random.Random(1), 512)
