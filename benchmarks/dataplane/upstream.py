@@ -147,7 +147,8 @@ class Worker(asyncio.Protocol):
                 self._pace.chunks = []
             self.transport.write(_json({}))
         else:
-            self.transport.write(_GET.get(path, _NOT_FOUND) if method == b"GET" else _NOT_FOUND)
+            known = _GET.get(path.partition(b"?")[0], _NOT_FOUND)
+            self.transport.write(known if method == b"GET" else _NOT_FOUND)
 
 
 async def _main(ports: int) -> None:
