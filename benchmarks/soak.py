@@ -178,13 +178,14 @@ class Soak:
         """With all clients gone the router must give everything back."""
         watch = self._watch
         until_s = time.monotonic() + DRAIN_S
-        while not self._drained and time.monotonic() < until_s:
+        kept = FDS_KEPT + 1
+        while (kept > 0 or self._left_in_router) and time.monotonic() < until_s:
             await asyncio.sleep(0.5)
             watch.sample()
             self._fds_after = {name: samples[-1].fds for name, samples in watch.samples.items()}
             self._left_in_router = await self._inflight()
-            idle = all(self._fds_after[name] <= self._fds_before[name] + FDS_KEPT for name in self._routers)
-            self._drained = idle and self._left_in_router == 0
+            kept = max(self._fds_after[name] - self._fds_before[name] for name in self._routers)
+        self._drained = kept <= FDS_KEPT and self._left_in_router == 0
 
     async def _inflight(self) -> int:
         url = f"{self._fleet.router_admin_urls[0]}/debug/state"
