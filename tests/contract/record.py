@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.contract.client import exchange
+from .client import exchange
 
 TEXT = "def main(argv):\n    import os, sys\n"
 USER = [{"role": "user", "content": "import os"}]
@@ -19,7 +19,7 @@ MESSAGE_TOOLS = [{"name": "get_weather", "description": "w", "input_schema": CIT
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 GREEDY = {"max_tokens": 4, "temperature": 0}
 IDS = [70, 71, 72, 300]
-SAMPLING = {
+SAMPLING: dict[str, Any] = {
     "max_tokens": 6,
     "temperature": 0.5,
     "top_p": 0.9,
@@ -42,7 +42,7 @@ SAMPLING = {
     "priority": 2,
     "return_token_ids": True,
 }
-TOKENS_CHUNK = {
+TOKENS_CHUNK: dict[str, Any] = {
     "request_id": "generate-tokens-x",
     "usage": None,
     "output_mode": "tokens",
@@ -55,7 +55,7 @@ LOGPROBS = {
     ]
 }
 USAGE = {"prompt_tokens": 4, "total_tokens": 6, "completion_tokens": 2}
-STATE = {
+STATE: dict[str, Any] = {
     "prev_tokens": ["a"],
     "prefix_offset": 0,
     "read_offset": 1,
@@ -65,7 +65,7 @@ STATE = {
     "output_token_ids": [70],
     "output_chunk_lens": [1],
 }
-WHOLE = {
+WHOLE: dict[str, Any] = {
     "request_id": "generate-tokens-x",
     "choices": [{"index": 0, "finish_reason": "length", "stop_reason": None, "token_ids": [70, 71], "logprobs": None}],
 }
@@ -272,7 +272,7 @@ def _add_derender(add: Any) -> None:
     add("chat_derender_no_request", path, generate_response=WHOLE)
     add("chat_derender", path, generate_response=WHOLE, chat_request=request, prompt_tokens=4)
     more = {"chat_request": {**request, "return_token_ids": True}}
-    whole_logprobs = {**WHOLE, "choices": [{**WHOLE["choices"][0], "logprobs": LOGPROBS}]}  # type: ignore[dict-item]
+    whole_logprobs = {**WHOLE, "choices": [{**WHOLE["choices"][0], "logprobs": LOGPROBS}]}
     add("chat_derender_logprobs", path, generate_response=whole_logprobs, **more)
     add("chat_derender_no_ids", path, generate_response={**WHOLE, "choices": [{"index": 0}]}, chat_request=request)
     add("chat_derender_text_mode", path, generate_response={**WHOLE, "output_mode": "text"}, chat_request=request)
@@ -289,19 +289,19 @@ def _add_derender(add: Any) -> None:
     add("chat_derender_stream_state", path, **first, stream_state=STATE)
     add("chat_derender_stream_no_request", path, **{**first, "chat_request": None})
     add("chat_derender_stream_no_prompt", path, **{**first, "prompt_token_ids": None})
-    end = {**TOKENS_CHUNK["choices"][0], "finish_reason": "length"}  # type: ignore[dict-item,index]
+    end = {**TOKENS_CHUNK["choices"][0], "finish_reason": "length"}
     add("chat_derender_stream_end", path, **{**first, "generate_chunk": {**TOKENS_CHUNK, "choices": [end]}})
     last = {**end, "token_ids": []}
     add("chat_derender_stream_end_only", path, **{**first, "generate_chunk": {**TOKENS_CHUNK, "choices": [last]}})
     usage = {**TOKENS_CHUNK, "choices": [], "usage": USAGE}
     add("chat_derender_stream_usage", path, **{**first, "generate_chunk": usage}, stream_state=STATE)
-    two = {**TOKENS_CHUNK, "choices": [TOKENS_CHUNK["choices"][0]] * 2}  # type: ignore[index]
+    two = {**TOKENS_CHUNK, "choices": [TOKENS_CHUNK["choices"][0]] * 2}
     add("chat_derender_stream_two", path, **{**first, "generate_chunk": two})
     wrong = {**STATE, "output_chunk_lens": [3]}
     add("chat_derender_stream_wrong_state", path, **first, stream_state=wrong)
     add("chat_derender_stream_long_state", path, **first, stream_state={**STATE, "prev_tokens": ["a"] * 2000})
     add("chat_derender_stream_incomplete", path, **{**first, "generate_chunk": _chunk([172])})
-    special = {**TOKENS_CHUNK["choices"][0], "token_ids": [70, 1], "finish_reason": "stop"}  # type: ignore[dict-item,index]
+    special = {**TOKENS_CHUNK["choices"][0], "token_ids": [70, 1], "finish_reason": "stop"}
     add("chat_derender_stream_special", path, **{**first, "generate_chunk": {**TOKENS_CHUNK, "choices": [special]}})
     path = "/v1/completions/derender"
     add("completions_derender", path, generate_responses=[WHOLE], prompt_tokens=[4])
@@ -315,14 +315,14 @@ def _add_derender(add: Any) -> None:
     plain = {**STATE, "output_token_ids": [], "output_chunk_lens": []}
     add("completions_derender_stream_state", path, **stream, stream_state=plain)
     add("completions_derender_stream_seeded", path, **stream, prompt_token_ids=IDS)
-    logprobs = {**TOKENS_CHUNK, "choices": [{**TOKENS_CHUNK["choices"][0], "logprobs": LOGPROBS}]}  # type: ignore[dict-item,index]
+    logprobs = {**TOKENS_CHUNK, "choices": [{**TOKENS_CHUNK["choices"][0], "logprobs": LOGPROBS}]}
     add("completions_derender_stream_logprobs", path, **{**stream, "generate_chunk": logprobs}, stream_state=plain)
     add("completions_derender_stream_usage", path, **{**stream, "generate_chunk": usage}, prompt_tokens=9)
     add("completions_derender_stream_two", path, **{**stream, "generate_chunk": two})
 
 
 def _chunk(ids: list[int]) -> dict[str, Any]:
-    return {**TOKENS_CHUNK, "choices": [{**TOKENS_CHUNK["choices"][0], "token_ids": ids}]}  # type: ignore[dict-item,index]
+    return {**TOKENS_CHUNK, "choices": [{**TOKENS_CHUNK["choices"][0], "token_ids": ids}]}
 
 
 def record(url: str, path: str, body: Any, headers: dict[str, str]) -> dict[str, Any]:
