@@ -22,6 +22,8 @@ from .client import exchange
 from .conftest import Emulator
 
 EMULATED, REAL = "emulator", "vllm"
+START_S = 550.0
+"""Bound of a real start: half a minute on an idle machine, ten times that beside other work."""
 
 
 class Flavour(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,7 +169,7 @@ class RealSubject(Subject):
             venv=venv, folder=folder, args=(*flavour.vllm, *flavour.kv_events_args()), env=flavour.environment
         )
         self._engine.start()
-        self._engine.wait_ready()
+        self._engine.wait_ready(START_S)
         self.url = self._engine.url
 
     def signal_server(self, number: int) -> None:
@@ -201,7 +203,7 @@ def kinds() -> list[Any]:
     """Parameters of tests that run on every kind of engine."""
     found = [pytest.param(EMULATED, id=EMULATED)]
     if os.environ.get("TWOFOLD_VLLM_OPERATIONS"):
-        found.append(pytest.param(REAL, id=REAL, marks=[pytest.mark.vllm, pytest.mark.timeout(600)]))
+        found.append(pytest.param(REAL, id=REAL, marks=[pytest.mark.vllm, pytest.mark.timeout(START_S + 300)]))
     return found
 
 
