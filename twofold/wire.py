@@ -51,6 +51,8 @@ def profile_to_proto(profile: EngineProfile) -> pb.EngineProfile:
         source=profile.source,
         request_overhead_s=profile.request_overhead_s,
         request_overhead_per_token_s=profile.request_overhead_per_token_s,
+        request_overhead_busy_s=profile.request_overhead_busy_s,
+        step_jitter=profile.step_jitter,
     )
     if profile.usd_per_hour is not None:
         message.usd_per_hour = profile.usd_per_hour
@@ -91,6 +93,8 @@ def profile_from_proto(message: pb.EngineProfile) -> EngineProfile:
         source=message.source,
         request_overhead_s=message.request_overhead_s,
         request_overhead_per_token_s=message.request_overhead_per_token_s,
+        request_overhead_busy_s=message.request_overhead_busy_s,
+        step_jitter=message.step_jitter,
     )
 
 

@@ -6,6 +6,7 @@ import msgspec
 
 from emulator.model.blocks import BlockPool, KvEvent
 from emulator.model.hashing import CheapHashing, EngineHashing, Hashing
+from emulator.model.jitter import factor
 from emulator.model.request import FinishReason, Request, Status
 from emulator.model.waiting import SchedulingPolicy, WaitingQueue
 from twofold.model.block_hash import BlockHasher
@@ -180,6 +181,8 @@ class EngineModel:
         if not preempted and self.paused is Pause.NONE and len(self.waiting):
             budget = self._schedule_waiting(budget, now_s, scheduled, admitted, resumed)
         duration_s, decodes = self._duration(scheduled)
+        if self.profile.step_jitter:
+            duration_s *= factor(self.profile.step_jitter, counters.steps, now_s)
         tokens, finished = self._execute(scheduled, now_s + duration_s)
         counters.steps += 1
         counters.busy_s += duration_s

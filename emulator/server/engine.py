@@ -89,7 +89,8 @@ class RealTimeEngine:
 
     def submit(self, request: Request, sink: Sink, siblings: Siblings | None = None) -> None:
         """Queue a request; its tokens go to ``sink``. ``siblings``: the choices of one prompt, where there are more."""
-        request.ready_s = request.arrival_s + self.model.profile.overhead_s(request.prompt_tokens)
+        busy = bool(self.model.running)
+        request.ready_s = request.arrival_s + self.model.profile.overhead_s(request.prompt_tokens, busy=busy)
         self.model.add(request)
         self._sinks[request.request_id] = (sink, siblings)
         self._start()

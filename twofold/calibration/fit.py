@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from twofold.calibration.least_squares import Array, r_squared, robust_nonnegative
-from twofold.calibration.values import Decode, FirstToken, Measurements
+from twofold.calibration.values import Decode, FirstToken, Measurements, Mixed
 from twofold.model.profile import StepLaw
 
 LAW = (
@@ -32,6 +32,8 @@ CONSTANTS = LAW + FRONT_END
 _COLUMN = {name: index for index, name in enumerate(CONSTANTS)}
 _SMALLEST_S = 1e-9
 _RESAMPLINGS = 40
+_P90 = 1.2816
+"""Standard deviations from the median to the 90th percentile of a normal distribution."""
 
 T = TypeVar("T")
 
@@ -67,6 +69,8 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
     law: StepLaw
     request_overhead_s: float
     request_overhead_per_token_s: float
+    request_overhead_busy_s: float
+    step_jitter: float
     points: tuple[Point, ...]
     intervals: dict[str, tuple[float, float]]
     """Per constant: the 5 % and the 95 % quantile over fits to resampled repeats."""
@@ -126,9 +130,34 @@ def fit(measurements: Measurements, *, max_num_batched_tokens: int, seed: int = 
         law=law,
         request_overhead_s=float(constants[_COLUMN["request_overhead_s"]]),
         request_overhead_per_token_s=float(constants[_COLUMN["request_overhead_per_token_s"]]),
+        request_overhead_busy_s=_busy_s(measurements.mixed, law, constants),
+        step_jitter=_jitter(measurements.decodes),
         points=tuple(sorted((_point(row, constants) for row in rows), key=_order)),
         intervals=intervals,
     )
+
+
+def _busy_s(samples: Sequence[Mixed], law: StepLaw, constants: Array) -> float:
+    """What first tokens take longer beside running streams, beyond prefill, idle overhead and the rest of a step.
+
+    A prompt comes at any moment of a step of decodes and waits half of it on average.
+    """
+    fixed_s, per_token_s = (float(constants[_COLUMN[name]]) for name in FRONT_END)
+    rests = [
+        sample.ttft_s
+        - sample.step_s
+        - (fixed_s + per_token_s * sample.new_tokens)
+        - law.decode_s(sample.sequences, sample.sequences * sample.context_tokens) / 2
+        for sample in samples
+        if sample.ttft_s is not None
+    ]
+    return max(0.0, median(rests)) if rests else 0.0
+
+
+def _jitter(samples: Sequence[Decode]) -> float:
+    """Standard deviation of the logarithm of the time between two tokens, by two quantiles of each point."""
+    sigmas = [math.log(s.gap_p90_s / s.gap_p50_s) / _P90 for s in samples if 0 < s.gap_p50_s <= s.gap_p90_s]
+    return median(sigmas) if sigmas else 0.0
 
 
 def _solve(rows: Sequence[_Row], used: Sequence[int], middle: Callable[[Sequence[float]], float]) -> Array:

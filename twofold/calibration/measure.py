@@ -24,8 +24,11 @@ WARM_UP_REQUESTS = 8
 WARM_UP_ROUNDS_S = 2.0
 BACKGROUND_CONTEXT_TOKENS = 32
 IDLE_WAIT_S = 5.0
+_IDLE_POLL_S = 0.2
 _POLL_S = 0.02
 _SETTLE_POLLS = 10
+_PHASE_S = 0.03
+_ENOUGH_GAPS = 10
 
 
 class Busy(EngineError):
@@ -115,7 +118,7 @@ class Measurer:
                 return gauges
             if self._clock() >= until_s:
                 break
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_IDLE_POLL_S)
         if self._force:
             return gauges
         raise Busy(
@@ -219,6 +222,8 @@ class Measurer:
             # Every stream has to decode: one lone prompt takes longer than theirs, which came before it.
             await self._ask(16, 4)
             while len(prompts) < MIXED_PROMPTS and not any(task.done() for task in background):
+                # Prompts come at any moment of a step.
+                await asyncio.sleep(self._random.uniform(0.0, _PHASE_S))
                 timing, prefill_s = await self._told(self._engine.prompt(point.tokens))
                 prompts.append((timing, prefill_s))
         finally:
@@ -251,6 +256,7 @@ def decode_sample(timings: Sequence[Timing], point: DecodePoint, cached: int, to
     steps = sum(timing.tokens - 1 for timing in timings)
     step_s = seen_s / steps
     active = kv_tokens = gaps = prompts = 0.0
+    together: list[float] = []
     for timing in timings:
         for index, (earlier, later) in enumerate(itertools.pairwise(timing.events_s), start=1):
             middle = (earlier + later) / 2
@@ -258,16 +264,22 @@ def decode_sample(timings: Sequence[Timing], point: DecodePoint, cached: int, to
             active += running
             kv_tokens += running * (point.context_tokens + index)
             gaps += 1
+            if earlier >= firsts[-1] and later <= lasts[0]:
+                together.append(later - earlier)
         # First tokens of one step reach the client one after another.
         behind = bisect.bisect_left(firsts, timing.events_s[0] + step_s / 2)
         prompts += bisect.bisect_right(firsts, timing.events_s[-1]) - behind
     new = point.context_tokens - cached
+    together.sort()
+    enough = len(together) >= _ENOUGH_GAPS * len(timings)
     return Decode(
         sequences=point.sequences,
         context_tokens=point.context_tokens,
         step_s=(seen_s if told_s is None else told_s) / steps,
         decodes=active / gaps,
         kv_tokens=kv_tokens / gaps,
+        gap_p50_s=together[len(together) // 2] if enough else 0.0,
+        gap_p90_s=together[len(together) * 9 // 10] if enough else 0.0,
         prompts=prompts / steps,
         prompt_tokens=prompts / steps * new,
         attention=prompts / steps * new * (cached + new / 2),
@@ -302,6 +314,7 @@ def mixed_samples(
                     context_tokens=context,
                     new_tokens=point.tokens,
                     step_s=prefill_s or sorted(widest)[len(widest) // 2],
+                    ttft_s=prompt.ttft_s if prefill_s else None,
                 )
             )
     return samples

@@ -47,6 +47,8 @@ def build(fit: Fit, limits: Limits, labels: Labels, source: str) -> EngineProfil
         law=msgspec.convert({name: _rounded(value) for name, value in law.items()}, type(fit.law)),
         request_overhead_s=_rounded(fit.request_overhead_s),
         request_overhead_per_token_s=_rounded(fit.request_overhead_per_token_s),
+        request_overhead_busy_s=_rounded(fit.request_overhead_busy_s),
+        step_jitter=_rounded(fit.step_jitter),
         kv_capacity_tokens=limits.kv_capacity_tokens,
         tensor_parallel=labels.tensor_parallel,
         data_parallel=labels.data_parallel,

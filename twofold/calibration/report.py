@@ -121,6 +121,10 @@ def _constants_table(fit: Fit) -> Table:
         low_high = fit.intervals.get(name)
         interval = f"{low_high[0] * factor:.3g} .. {low_high[1] * factor:.3g}" if low_high else ""
         table.add_row(name, f"{values[name] * factor:.4g}", interval, unit)
+    table.add_row(
+        "request_overhead_busy_s", f"{fit.request_overhead_busy_s * 1e3:.4g}", "", "ms beside running streams"
+    )
+    table.add_row("step_jitter", f"{fit.step_jitter:.3g}", "", "standard deviation of log(time between tokens)")
     return table
 
 
@@ -210,6 +214,8 @@ def result(
         "prefix_caching": limits.prefix_caching,
         "prefill_tokens_s": _short(profile.capacity_tokens_s()),
         "law": {name: _short(value) for name, value in constants(fit).items()},
+        "request_overhead_busy_s": _short(fit.request_overhead_busy_s),
+        "step_jitter": _short(fit.step_jitter),
         "seconds": _short(seconds),
         "warnings": warnings,
     }

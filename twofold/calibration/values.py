@@ -78,7 +78,8 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True):
 
     A mean over all of their steps, and the law is linear, so what the steps held on average says all: ``decodes``
     sequences with ``kv_tokens`` of context together, ``prompts`` prompts of ``prompt_tokens`` and ``attention`` (token
-    pairs). 0 for ``decodes``: exactly ``sequences``, ``context_tokens`` each.
+    pairs). 0 for ``decodes``: exactly ``sequences``, ``context_tokens`` each. ``gap_p50_s`` and ``gap_p90_s``:
+    quantiles of the time between two tokens at the client while all streams decoded; 0 where they hardly overlapped.
     """
 
     sequences: int
@@ -86,18 +87,24 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     decodes: float = 0.0
     kv_tokens: float = 0.0
+    gap_p50_s: float = 0.0
+    gap_p90_s: float = 0.0
     prompts: float = 0.0
     prompt_tokens: float = 0.0
     attention: float = 0.0
 
 
 class Mixed(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a step in which ``sequences`` decode and a prompt of ``new_tokens`` is computed."""
+    """Seconds of a step in which ``sequences`` decode and a prompt of ``new_tokens`` is computed.
+
+    ``ttft_s``: of that prompt, where ``step_s`` is what the engine counted as its prefill; else None.
+    """
 
     sequences: int
     context_tokens: float
     new_tokens: int
     step_s: float
+    ttft_s: float | None = None
 
 
 class Measurements(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,7 +51,9 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
 
     ``name`` is the key everywhere ("h100-8b-tp1"). ``source`` says where the constants come from.
     ``request_overhead_s`` and ``request_overhead_per_token_s`` (of the whole prompt, cached or not) are what the API
-    server adds to the time to first token of a request, beside the steps of the engine.
+    server adds to the time to first token of a request, beside the steps of the engine, and
+    ``request_overhead_busy_s`` what it adds where the request meets running ones. ``step_jitter``: how far the time
+    between two tokens scatters around the law, as the standard deviation of its logarithm (0.1: about 10 %).
     """
 
     name: str
@@ -71,6 +73,8 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
     request_overhead_s: float = 0.0
     request_overhead_per_token_s: float = 0.0
+    request_overhead_busy_s: float = 0.0
+    step_jitter: float = 0.0
 
     def prefill_s(self, uncached_tokens: float, cached_tokens: float) -> float:
         """Seconds to prefill ``uncached_tokens`` behind ``cached_tokens`` on an otherwise idle engine (own)."""
@@ -80,9 +84,13 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
         fixed_s = self.law.base_s + self.law.prefill_per_seq_s
         return steps * fixed_s + self.law.prefill_work_s(uncached_tokens, cached_tokens)
 
-    def overhead_s(self, prompt_tokens: float) -> float:
-        """Seconds that a request spends outside the engine's steps before its first token arrives."""
-        return self.request_overhead_s + self.request_overhead_per_token_s * prompt_tokens
+    def overhead_s(self, prompt_tokens: float, *, busy: bool = False) -> float:
+        """Seconds that a request spends outside the engine's steps before its first token arrives.
+
+        ``busy``: other requests run already.
+        """
+        idle_s = self.request_overhead_s + self.request_overhead_per_token_s * prompt_tokens
+        return idle_s + self.request_overhead_busy_s if busy else idle_s
 
     def ttft_s(self, uncached_tokens: float, cached_tokens: float) -> float:
         """Time to first token in seconds on an otherwise idle engine, as a client beside it sees it."""
@@ -100,4 +108,5 @@ class EngineProfile(msgspec.Struct, frozen=True, kw_only=True):
             law=self.law.scaled(factor),
             request_overhead_s=self.request_overhead_s * factor,
             request_overhead_per_token_s=self.request_overhead_per_token_s * factor,
+            request_overhead_busy_s=self.request_overhead_busy_s * factor,
         )

@@ -125,6 +125,6 @@ def _check(profile: EngineProfile) -> None:
     for field in ("decode_per_seq_s", "decode_per_kv_token_s", "prefill_per_token_context_s", "prefill_per_seq_s"):
         if not getattr(profile.law, field) >= 0:
             raise ProfileError(f"profile {profile.name!r}: law.{field} must not be negative")
-    for field in ("request_overhead_s", "request_overhead_per_token_s"):
+    for field in ("request_overhead_s", "request_overhead_per_token_s", "request_overhead_busy_s", "step_jitter"):
         if not getattr(profile, field) >= 0:
             raise ProfileError(f"profile {profile.name!r}: {field} must not be negative")

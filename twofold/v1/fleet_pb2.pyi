@@ -126,6 +126,8 @@ class EngineProfile(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     REQUEST_OVERHEAD_S_FIELD_NUMBER: _builtins.int
     REQUEST_OVERHEAD_PER_TOKEN_S_FIELD_NUMBER: _builtins.int
+    REQUEST_OVERHEAD_BUSY_S_FIELD_NUMBER: _builtins.int
+    STEP_JITTER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique key, for example "h100-8b-tp1"."""
     gpu: _builtins.str
@@ -158,6 +160,10 @@ class EngineProfile(_message.Message):
     """Seconds that the API server adds to the time to first token of a request."""
     request_overhead_per_token_s: _builtins.float
     """The same per token of its prompt."""
+    request_overhead_busy_s: _builtins.float
+    """What it adds beyond that where other requests run already."""
+    step_jitter: _builtins.float
+    """Standard deviation of the logarithm of the time between two tokens around the law."""
     @_builtins.property
     def law(self) -> Global___StepLaw:
         """Its speed."""
@@ -182,10 +188,12 @@ class EngineProfile(_message.Message):
         source: _builtins.str = ...,
         request_overhead_s: _builtins.float = ...,
         request_overhead_per_token_s: _builtins.float = ...,
+        request_overhead_busy_s: _builtins.float = ...,
+        step_jitter: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour", "law", b"law", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour", "block_size_tokens", b"block_size_tokens", "data_parallel", b"data_parallel", "expert_parallel", b"expert_parallel", "gpu", b"gpu", "kv_capacity_tokens", b"kv_capacity_tokens", "law", b"law", "max_model_len_tokens", b"max_model_len_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_class", b"model_class", "name", b"name", "pipeline_parallel", b"pipeline_parallel", "request_overhead_per_token_s", b"request_overhead_per_token_s", "request_overhead_s", b"request_overhead_s", "source", b"source", "tensor_parallel", b"tensor_parallel", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour", "block_size_tokens", b"block_size_tokens", "data_parallel", b"data_parallel", "expert_parallel", b"expert_parallel", "gpu", b"gpu", "kv_capacity_tokens", b"kv_capacity_tokens", "law", b"law", "max_model_len_tokens", b"max_model_len_tokens", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_class", b"model_class", "name", b"name", "pipeline_parallel", b"pipeline_parallel", "request_overhead_busy_s", b"request_overhead_busy_s", "request_overhead_per_token_s", b"request_overhead_per_token_s", "request_overhead_s", b"request_overhead_s", "source", b"source", "step_jitter", b"step_jitter", "tensor_parallel", b"tensor_parallel", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__usd_per_hour: _TypeAlias = _typing.Literal["usd_per_hour"]  # noqa: Y015
     _WhichOneofArgType__usd_per_hour: _TypeAlias = _typing.Literal["_usd_per_hour", b"_usd_per_hour"]  # noqa: Y015

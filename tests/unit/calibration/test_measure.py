@@ -36,7 +36,7 @@ async def measure(profile: EngineProfile, *, quick: bool):
         max_num_batched_tokens=profile.max_num_batched_tokens,
         max_num_seqs=profile.max_num_seqs,
     )
-    points = plan.make_plan(facts, quick=quick)
+    points = msgspec.structs.replace(plan.make_plan(facts, quick=quick), rounds=2)
     measurer = Measurer(engine, facts, clock=loop.time, deadline_s=loop.time() + 3600)
     seen: list[Progress] = []
     measurements = await measurer.run(points, seen.append)

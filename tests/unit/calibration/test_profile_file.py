@@ -25,6 +25,8 @@ def built() -> EngineProfile:
         law=profiles.get("cpu-tiny").law,
         request_overhead_s=0.0021234567,
         request_overhead_per_token_s=1.5e-6,
+        request_overhead_busy_s=0.001,
+        step_jitter=0.1,
         points=(),
         intervals={},
     )
@@ -55,6 +57,8 @@ def test_an_impossible_profile_is_refused() -> None:
         law=profiles.get("cpu-tiny").law,
         request_overhead_s=-1.0,
         request_overhead_per_token_s=0.0,
+        request_overhead_busy_s=0.0,
+        step_jitter=0.0,
         points=(),
         intervals={},
     )

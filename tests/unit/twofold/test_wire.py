@@ -44,6 +44,8 @@ profiles = st.builds(
     usd_per_hour=st.none() | seconds,
     request_overhead_s=seconds,
     request_overhead_per_token_s=seconds,
+    request_overhead_busy_s=seconds,
+    step_jitter=st.floats(0, 2),
 )
 targets = st.builds(
     Target,
