@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -338,45 +337,6 @@ def test_garbage_on_the_wire_never_kills_it(start: Start) -> None:
             assert b"Traceback" not in received
     assert check(ask(emulator), 20).verified == 20
     assert "Traceback" not in emulator.log_path.read_text()
-
-
-def test_each_choice_follows_a_chain_of_its_own(start: Start) -> None:
-    emulator = start()
-    answer = ask(emulator, 8, n=3, temperature=1.0, stream=False, return_token_ids=True).json()
-    texts = [choice["text"] for choice in answer["choices"]]
-    assert len(set(texts)) == 3
-    for index, text in enumerate(texts):
-        checker = ChainChecker(encode(PROMPT), index)
-        checker.feed(text)
-        checker.finish(8)
-
-
-def test_blocks_are_handed_over_as_by_the_nixl_connector(start: Start) -> None:
-    emulator = start("--engines", "2", "--enable-kv-transfer")
-    source, destination = emulator.urls
-    ids = [70 + index % 97 for index in range(300)]
-
-    def asked(url: str, params: dict[str, Any] | None, **fields: Any) -> dict[str, Any]:
-        request = {"model": "tiny", "prompt": ids, "max_tokens": 1, "kv_transfer_params": params, **fields}
-        return dict(exchange(url, "POST", "/v1/completions", request).json())
-
-    def cached(answer: dict[str, Any]) -> int:
-        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
-
-    assert asked(source, None)["kv_transfer_params"] is None
-    offered = asked(source, {"do_remote_decode": True})["kv_transfer_params"]
-    assert list(offered) == [
-        *("do_remote_prefill", "do_remote_decode", "remote_block_ids", "remote_engine_id", "remote_request_id"),
-        *("remote_host", "remote_port", "tp_size", "dcp_size", "pp_size", "remote_num_tokens"),
-        *("remote_blocks_expiry_time", "transfer_mode", "remote_prefill_cached_tokens"),
-    ]
-    assert (offered["remote_num_tokens"], offered["remote_prefill_cached_tokens"]) == (300, 256)
-    assert len(offered["remote_block_ids"][0]) == 3
-    assert cached(asked(destination, offered)) == 256, "whole blocks, though it never saw the prompt"
-    assert cached(asked(destination, None)) == 256, "and they stay in its prefix cache"
-    assert asked(destination, {"do_remote_decode": True}, stop_token_ids=[0], max_tokens=2)["kv_transfer_params"]
-    text = exchange(destination, "GET", "/metrics").body.decode()
-    assert re.search(r"vllm:prefix_cache_hits_total\{[^}]*\} 512\.0", text), "only what it found itself is a hit"
 
 
 def test_http_1_0_stream_is_not_chunked(start: Start) -> None:
