@@ -10,7 +10,7 @@ from router.http.head import HttpError, RequestHead
 from twofold.model.reasons import RejectReason
 
 if TYPE_CHECKING:
-    from router.http.server import ClientConnection
+    from router.http.connection import ClientConnection
 
 Header = tuple[bytes, bytes]
 _JSON: Header = (b"content-type", b"application/json")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from router.http.chunked import FramingError, encode_chunk, whole_chunks
+from router.http.chunked import BodyDecoder, FramingError, encode_chunk, whole_chunks
 from router.http.response_head import ResponseHead
 from router.relay.context import RelayContext
 from router.relay.endings import Ending, Markers, Seen, output_tokens, status_ending, stream_ending
@@ -222,6 +222,7 @@ class WholeBody:
     """An unstreamed response: held until complete, or passed on in pieces once it is too large for that."""
 
     __slots__ = (
+        "_at_once",
         "_clock",
         "_context",
         "_decoder",
@@ -240,7 +241,9 @@ class WholeBody:
         self._context = context
         self._clock = context.clock
         self._head = head
-        self._decoder = head.decoder()
+        self._decoder: BodyDecoder | None = None
+        self._at_once = False
+        """Whether all of it came in one read, as is usual: no decoder is needed then."""
         self._metrics = metrics
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -256,7 +259,8 @@ class WholeBody:
     @property
     def reusable(self) -> bool:
         """See ResponseBody."""
-        return self._decoder.done and not self._decoder.rest
+        decoder = self._decoder
+        return self._at_once or (decoder is not None and decoder.done and not decoder.rest)
 
     @property
     def stall_ending(self) -> Ending:
@@ -270,13 +274,19 @@ class WholeBody:
 
     def feed(self, data: bytes) -> None:
         """See ResponseBody."""
+        self.last_byte_s = self._clock()
         decoder = self._decoder
+        if decoder is None:
+            if len(data) == self._head.content_length:
+                self._at_once = True
+                self._complete(data)
+                return
+            decoder = self._decoder = self._head.decoder()
         try:
             payload = decoder.feed(data)
         except FramingError:
             self._owner.end(Ending.TRUNCATED)
             return
-        self.last_byte_s = self._clock()
         if self._passing:
             if payload:
                 self._owner.piece(payload)
@@ -289,7 +299,8 @@ class WholeBody:
 
     def eof(self) -> None:
         """See ResponseBody."""
-        if not self._decoder.eof():
+        decoder = self._decoder or self._head.decoder()
+        if not decoder.eof():
             self._owner.end(Ending.TRUNCATED)
         elif self._passing:
             self._owner.end(Ending.COMPLETE)
@@ -308,7 +319,7 @@ class WholeBody:
             self._held.append(payload)
             self._held_bytes += len(payload)
             payload = b""
-        if self._decoder.done and not payload:
+        if self._done and not payload:
             self._complete(self.held)
         elif payload or self._held_bytes > context.settings.hold_response_bytes:
             self._pass_on(payload)
@@ -326,8 +337,12 @@ class WholeBody:
         self.outputs = 1
         self._owner.first_output(self.last_byte_s)
         self._owner.piece(held + payload)
-        if self._decoder.done:
+        if self._done:
             self._owner.end(Ending.COMPLETE)
+
+    @property
+    def _done(self) -> bool:
+        return self._decoder is not None and self._decoder.done
 
     def _complete(self, body: bytes) -> None:
         status = self._head.status

@@ -4,11 +4,11 @@ import asyncio
 import logging
 
 from router.http.chunked import LAST_CHUNK, encode_chunk
+from router.http.connection import ClientConnection
 from router.http.errors import ErrorStyle, error_event
 from router.http.exchange import Header, reject_reply
 from router.http.forward import request_to_worker, response_to_client
 from router.http.head import RequestHead
-from router.http.server import ClientConnection
 from router.relay.attempt import Attempt
 from router.relay.bodies import Writer
 from router.relay.context import RelayContext
