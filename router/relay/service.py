@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from router.http.connection import ClientConnection
 from router.http.errors import ErrorStyle
 from router.http.exchange import ClientExchange, Header, Reply, Request, reject_reply
 from router.http.head import HttpError, RequestHead
-from router.http.server import ClientConnection
 from router.relay.context import RelayContext
 from router.relay.exchange import Exchange
 from router.relay.splice import replace_model
