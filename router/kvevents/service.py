@@ -74,6 +74,7 @@ class KvEvents:
         self._resting: dict[str, float] = {}
         self._plans: list[PoolPlan] = []
         self._subscriber: Subscriber | None = None
+        self._start_due_s = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
@@ -111,6 +112,7 @@ class KvEvents:
                 # A new one begins with what the engines' buffers still hold.
                 log.error("following KV events anew")
                 self._subscriber = subscriber = None
+                self._start_due_s = now_s + RETRY_S
             else:
                 self._rest(self._budget.observe(subscriber.status(), now_s), now_s)
         self._know_workers(table)
@@ -122,7 +124,7 @@ class KvEvents:
                 extra = {"pool": plan.pool, "state": plan.state.value, "blocks": plan.capacity_blocks}
                 log.log(level, "KV events of a pool", extra=extra)
         self._ask_workers(now_s)
-        if subscriber is None:
+        if subscriber is None and now_s >= self._start_due_s:
             subscriber = self._start()
         if subscriber is not None:
             sources = {worker_id: worker.sources for worker_id, worker in self._workers.items()}

@@ -42,7 +42,8 @@ _VIEWS = {FeedState.EXACT: ViewState.EXACT, FeedState.PARTIAL: ViewState.PARTIAL
 
 
 class FeedSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A target to follow: another spec for a slot is another engine, its view begins anew."""
+    """A target to follow. Another spec for a slot is another engine, whose view begins anew, unless only the adapters
+    differ."""
 
     slot: int
     target_id: str
@@ -92,6 +93,14 @@ class _Follower:
         _limit(self.events, RECEIVE_QUEUE_MESSAGES)
         self.events.setsockopt_string(zmq.SUBSCRIBE, spec.source.topic)
         self.events.connect(spec.source.endpoint)
+
+    def goes_on(self, spec: FeedSpec | None) -> bool:
+        """Whether the follower may go on under ``spec``: adapters come and go, all else makes it another target."""
+        if spec is None or msgspec.structs.replace(spec, adapter_paths=self.spec.adapter_paths) != self.spec:
+            return False
+        if spec.adapter_paths != self.spec.adapter_paths:
+            self.spec, self._paths = spec, dict(spec.adapter_paths)
+        return True
 
     def stored(self, hashes: list[int], parent: int | None) -> None:
         """See feed.Sink."""
@@ -339,7 +348,7 @@ class Subscriber:
         if wanted is None:
             return
         for slot, follower in list(self._followers.items()):
-            if wanted.get(slot) != follower.spec:
+            if not follower.goes_on(wanted.get(slot)):
                 follower.close()
                 del self._followers[slot]
         for slot, spec in wanted.items():

@@ -148,6 +148,8 @@ class RelayProcess:
             if self.context.exact:
                 self._kv_index.refresh(now_s)
                 self.context.fleet.show_caches(self._kv_index.reader)
+            elif self.context.fleet.kv is not None:
+                self.context.fleet.show_caches(None)
             for exchange in list(self.context.exchanges):
                 exchange.check(now_s)
             self.http.sweep(now_s)

@@ -177,6 +177,22 @@ async def test_engines_that_differ_from_their_pool_are_not_believed(
             assert following.blocks(0) == engines.truth()
 
 
+async def test_adapters_that_come_and_go_leave_the_view_alone(tmp_path: Path) -> None:
+    with Emulator(tmp_path, *SMALL, *kv_events(buffer_steps=1)) as engines:
+        async with Following(tmp_path / "shm") as following:
+            followed = target(engines.urls[0], 0)
+            following.service.set_table(table([followed]))
+            await following.until(lambda: following.targets == {"exact": 1}, "followed")
+            await call(engines.urls[0], [[5] * 100])
+            await call(engines.urls[0], [[6] * 100])
+            await following.until(lambda: following.blocks(0) == engines.truth(), "all blocks are known")
+            facts = msgspec.structs.replace(followed.facts, adapters=("ad",), adapter_paths=("/ad",))
+            following.service.set_table(table([msgspec.structs.replace(followed, facts=facts)]))
+            await call(engines.urls[0], [[7] * 100])
+            await following.until(lambda: following.blocks(0) == engines.truth(), "still all blocks are known")
+            assert following.view(0) is ViewState.EXACT, "the buffer is too short to begin anew"
+
+
 async def test_hashes_that_nobody_can_compute_leave_the_pool_to_its_own_dispatches(tmp_path: Path) -> None:
     with Emulator(tmp_path, *SMALL, "--prefix-caching-hash-algo", "xxhash", *kv_events()) as engines:
         async with Following(tmp_path / "shm") as following:
