@@ -182,3 +182,14 @@ def test_a_flood_shows_the_limits(budget: int, seqs: int) -> None:
         return await limits.observe(engine, await engine.facts(), unknown)
 
     assert run(flooded()) == {"max_num_batched_tokens": budget, "max_num_seqs": seqs}
+
+
+def test_scatter_and_busy_front_ends_are_seen() -> None:
+    profile = msgspec.structs.replace(TINY, step_jitter=0.2, request_overhead_busy_s=0.012)
+    _, _, _, _, measurements = run(measure(profile, quick=True))
+    found = fit(measurements, max_num_batched_tokens=profile.max_num_batched_tokens)
+    assert found.step_jitter == pytest.approx(0.2, rel=0.25)
+    assert found.request_overhead_busy_s == pytest.approx(0.012, abs=profile.law.decode_s(4, 400) / 2)
+    steady = fit(run(measure(TINY, quick=True))[4], max_num_batched_tokens=2048)
+    assert steady.step_jitter < 0.02
+    assert steady.request_overhead_busy_s < TINY.law.decode_s(4, 400) / 2

@@ -1,6 +1,8 @@
 """What the API server adds to the first token of a request, and to nothing else."""
 
 import heapq
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +140,29 @@ def test_priorities_hold_among_those_that_have_arrived() -> None:
     high = send(running, time, "c", 10, outputs=1, priority=1)
     time.run()
     assert high.at_s[0] < low.at_s[0]
+
+
+def test_a_request_that_meets_running_ones_takes_longer() -> None:
+    time = Time()
+    running = engine(time)
+    running.model.profile = msgspec.structs.replace(PROFILE, request_overhead_busy_s=0.05)
+    alone = send(running, time, "a", 10, outputs=100)
+    time.run(100.1)
+    beside = send(running, time, "b", 10, outputs=1)
+    time.run()
+    assert alone.at_s[0] - 100.0 == pytest.approx(PROFILE.ttft_s(10, 0))
+    assert beside.at_s[0] - 100.1 > PROFILE.ttft_s(10, 0) + 0.05
+
+
+def test_steps_scatter_around_the_law_and_keep_its_mean() -> None:
+    time = Time()
+    running = engine(time)
+    flat = msgspec.structs.replace(PROFILE.law, decode_per_kv_token_s=0.0)
+    running.model.profile = msgspec.structs.replace(PROFILE, law=flat, step_jitter=0.3)
+    sink = send(running, time, "a", 10, outputs=1500)
+    time.run()
+    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(sink.at_s))
+    law_s = flat.decode_s(1, 0)
+    assert sum(gaps) / len(gaps) == pytest.approx(law_s, rel=0.05)
+    assert gaps[len(gaps) // 2] == pytest.approx(law_s * math.exp(-(0.3**2) / 2), rel=0.05)
+    assert gaps[len(gaps) * 9 // 10] / gaps[len(gaps) // 2] == pytest.approx(math.exp(0.3 * 1.2816), rel=0.08)
