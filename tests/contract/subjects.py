@@ -79,7 +79,7 @@ RANKS = Flavour(
 )
 SMALL = Flavour(
     name="small",
-    emulator=("--kv-capacity-tokens", str(20 * 128), "--max-model-len", "2048", *_PRIORITY),
+    emulator=("--kv-capacity-tokens", str(20 * 128), "--max-model-len", "2048", "--time-scale", "0.5", *_PRIORITY),
     vllm=("--num-gpu-blocks-override", "20", *_PRIORITY),
 )
 LIMITED = Flavour(

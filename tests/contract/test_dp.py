@@ -84,7 +84,7 @@ def death_of_a_rank(subject: Subject) -> str | None:
         "streams": ends,
         "gone": gone,
         "health": attempt(subject.url, "GET", "/health"),
-        "later": at_s[0] < 2 < at_s[1] < 2 * own_ms / 1000,
+        "later": at_s[1] - at_s[0] > own_ms / 2000,
     }
     return apart(expected, got)
 
@@ -136,7 +136,7 @@ def page(emulator: Emulator) -> str:
 
 def test_growing_freezes_streams_refuses_every_path_and_resets_counters(start: Start) -> None:
     slow = ("--time-scale", "0.2")
-    emulator = start(*ELASTIC, "--elastic-ep-commit-s", "0.2", *slow, "--data-parallel-size", "2")
+    emulator = start(*ELASTIC, "--elastic-ep-commit-s", "0.6", *slow, "--data-parallel-size", "2")
     exchange(emulator.url, "POST", "/v1/completions", {**BODY, "max_tokens": 5, "stream": False})
     assert sum_of(page(emulator), "vllm:generation_tokens_total") == 5
     stream = stream_on(emulator, 1, 400)

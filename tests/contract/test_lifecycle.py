@@ -218,7 +218,7 @@ def test_sigterm_with_time_to_finish(kind: str, tally: Tally, tmp_path: Path) ->
     recorded = load("lifecycle/sigterm_drain_completes")
     path, body, _ = request_of("sigterm_drain_completes")
     with opened(kind, DRAINING, tmp_path) as subject:
-        stream = Stream(subject.url, path, {**body, "max_tokens": 1000}, silence_s=20)
+        stream = Stream(subject.url, path, body, silence_s=20)
         stream.wait_events(5)
         subject.signal_server(signal.SIGTERM)
         wait_until(lambda: refuses_chats(subject, body))

@@ -220,7 +220,7 @@ def test_http_exchanges_count_when_they_have_ended(subject: Subject) -> None:
         return sum_of(page_of(subject), "http_requests_total", handler="/v1/completions", status=status)
 
     good, bad = asked("2xx"), asked("4xx")
-    body = {"model": subject.model, "prompt": [70], "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"model": subject.model, "prompt": [70], "max_tokens": 1000, "ignore_eos": True, "stream": True}
     stream = Stream(subject.url, "/v1/completions", body)
     stream.wait_events(2)
     assert asked("2xx") == good
