@@ -256,6 +256,11 @@ class Exchange:
             self._attempt.cancel()
 
     @property
+    def answered(self) -> bool:
+        """Whether a worker has begun to answer."""
+        return self._attempt is not None and self._attempt.head is not None
+
+    @property
     def paused(self) -> bool:
         """Whether the client has yet to read what was written to it."""
         return self._paused_since_s is not None

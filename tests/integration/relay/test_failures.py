@@ -327,6 +327,24 @@ async def test_connect_timeout(tmp_path: Path) -> None:
             sock.close()
 
 
+async def test_a_connection_with_an_answer_half_read_carries_no_other_request(router: TestRelay) -> None:
+    """The rest of the answer would be taken for the next one's."""
+
+    async def head_first(request: WorkerRequest) -> None:
+        await request.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n")
+        await request.reader.read()
+
+    async with FakeWorker(head_first, answer) as worker:
+        router.install(worker)
+        client = await router.client()
+        await client.post("/v1/completions", WHOLE)
+        await until(lambda: any(exchange.answered for exchange in router.context.exchanges))
+        client.close()
+        await until(lambda: worker.gone == 1)
+        assert (await router.call("/v1/completions", WHOLE)).status == 200
+        assert worker.connections == 2
+
+
 async def test_client_disconnect_aborts_the_engine_at_once(router: TestRelay) -> None:
     async def endless(request: WorkerRequest) -> None:
         await request.start_stream()
