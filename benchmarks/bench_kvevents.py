@@ -216,7 +216,8 @@ def measure_hashing() -> dict[str, float]:
     for size in (16, 128):
         for algorithm in (HashAlgorithm.SHA256, HashAlgorithm.SHA256_CBOR):
             hasher = BlockHasher(size, algorithm)
-            found[f"hash_us_per_1k_tokens_{algorithm.value}_{size}"] = best_us(functools.partial(hasher.chain, ids), 2) / 32
+            work = functools.partial(hasher.chain, ids)
+            found[f"hash_us_per_1k_tokens_{algorithm.value}_{size}"] = best_us(work, 2) / 32
     blocks = PromptBlocks(BlockHasher(BLOCK_TOKENS))
     blocks.work(ids).step(1 << 30)
     found["recognise_us_per_1k_tokens"] = best_us(lambda: blocks.work(ids).step(1), 20) / 32

@@ -129,8 +129,8 @@ def test_router_hashes_are_the_engines(engine: VllmEngine, tmp_path: Path) -> No
     cards = json.loads(get(f"{engine.url}/v1/models"))["data"]
     assert {card["id"]: card["root"] for card in cards}["ad1"] == adapter_path
     chance = random.Random(3)
-    text = " ".join(chance.choice(WORDS) for _ in range(900))
-    system = {"role": "system", "content": " ".join(chance.choice(WORDS) for _ in range(500))}
+    text = " ".join(chance.choice(WORDS) for _ in range(250))
+    system = {"role": "system", "content": " ".join(chance.choice(WORDS) for _ in range(200))}
     user = {"role": "user", "content": [{"type": "text", "text": "hello"}, {"type": "text", "text": "there"}]}
     ids = [300 + index * 11 % 600 for index in range(500)]
     cases: list[tuple[str, dict[str, Any], tuple[str, str] | None]] = [

@@ -123,7 +123,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_per_target: int = 1024
     slo: Slo = Slo()
     tokenizer: str = ""
-    """For exact prefixes of texts and chats: "builtin" (the emulator's), or the path of a tokenizer.json or its folder."""
+    """For exact prefixes of texts and chats: "builtin" (the emulator's), or the path of a tokenizer.json."""
     hash_seed: str = ""
     """PYTHONHASHSEED of the engines, which seeds their block hashes; "" when they have none."""
 
