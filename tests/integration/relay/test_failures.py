@@ -340,6 +340,8 @@ async def test_a_connection_with_an_answer_half_read_carries_no_other_request(ro
         await client.post("/v1/completions", WHOLE)
         await until(lambda: any(exchange.answered for exchange in router.context.exchanges))
         client.close()
+        await until(lambda: not router.context.exchanges)
+        assert router.context.upstream.sizes() == (0, 0)
         await until(lambda: worker.gone == 1)
         assert (await router.call("/v1/completions", WHOLE)).status == 200
         assert worker.connections == 2
