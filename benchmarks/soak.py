@@ -52,7 +52,7 @@ def soak_fleet(itl_s: float, streams: int) -> FleetFile:
         "name": "soak",
         "base": "h100-8b-tp1",
         "law": {"base_s": itl_s},
-        "kv_capacity_tokens": 4_000_000,
+        "kv_capacity_tokens": 1_000_000,
         "max_num_seqs": max(64, streams),
         "max_num_batched_tokens": 131_072,
         "max_model_len_tokens": 131_072,
