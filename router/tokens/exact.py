@@ -29,6 +29,8 @@ SLICE_BLOCKS = 256
 DEADLINE_S = 0.05
 """Longest that a request waits for its hashes."""
 NOW_S = 1.0
+TRIAL_S = 20.0
+MAX_MISSES = 5
 MAX_QUEUED = 64
 """Requests whose prompts wait to be tokenised; beyond it they are decided without."""
 MAX_BODY_BYTES = 4 << 20
@@ -48,7 +50,22 @@ class _Pool:
         self.blocks = PromptBlocks(BlockHasher(pool.block_size_tokens, pool.hash_algorithm, pool.hash_seed))
         self.tokenizer: PromptTokenizer | None = None
         self.broken = False
-        """The tokenizer could not be loaded."""
+        """The tokenizer could not be loaded, or makes other ids than the engines."""
+        self._trial: tuple[int, float] | None = None
+        self._misses = 0
+
+    def try_out(self, first_hash: int, reader: KvIndexReader, now_s: float) -> None:
+        """See now and then whether a prompt that was tokenised here shows up among the engines' blocks some time after
+        it was sent. Ids that are never theirs, for a template that differs say, are worse than none."""
+        trial = self._trial
+        if trial is None:
+            self._trial = first_hash, now_s + TRIAL_S
+        elif now_s >= trial[1]:
+            self._trial = None
+            self._misses = 0 if reader.is_held(trial[0]) else self._misses + 1
+            if self._misses >= MAX_MISSES:
+                self.broken = True
+                log.error("prompts tokenised here are not the engines'", extra={"pool": self.pool.name})
 
     def adapter(self, name: str) -> tuple[str, str] | None:
         """(name, path) of an adapter. Raises Unsupported where the targets have not told its path, or differ."""
@@ -118,7 +135,10 @@ class ExactPrefixes:
         except Unsupported:
             self._count(features.pool, "failed")
             return features
-        if not pool.pool.tokenizer or pool.broken or parsed.endpoint not in (Endpoint.COMPLETIONS, _CHAT):
+        if not pool.pool.tokenizer or parsed.endpoint not in (Endpoint.COMPLETIONS, _CHAT):
+            return features
+        if pool.broken:
+            self._count(features.pool, "failed")
             return features
         if self._queued >= MAX_QUEUED or len(body) > MAX_BODY_BYTES:
             self._count(features.pool, "refused")
@@ -276,6 +296,8 @@ class Preparation:
             loop.call_soon(self._slice, loop)
             return
         outcome = "tokenized" if self._body else "sliced"
+        if self._body and work.hashes and self._ready is not None:
+            self._pool.try_out(work.hashes[0], self._reader, loop.time())
         self._finish(outcome, with_blocks(self._features, work, self._pool.blocks, self._tokens))
 
     def _late(self) -> None:

@@ -194,16 +194,16 @@ class _Template:
             self._compiled = environment.from_string(source) if source else None
         except TemplateError as error:
             raise TokenizerError(f"the chat template in {folder} cannot be used: {error}") from None
-        self._takes_parts = "content %}" in source and "in message" in source and "type" in source
+        self._wants_parts = bool(source) and _loops_over_content(environment.parse(source))
         self._error = TemplateError
 
     def render(self, body: Mapping[str, Any]) -> str:
         """The prompt text of a chat. Raises Unsupported."""
-        if self._compiled is None or self._takes_parts:
-            raise Unsupported("no chat template, or one that looks into the parts of a message")
+        if self._compiled is None:
+            raise Unsupported("no chat template")
         try:
             return self._compiled.render(
-                messages=[_flat(message) for message in body["messages"]],
+                messages=[_as_rendered(message, self._wants_parts) for message in body["messages"]],
                 tools=body.get("tools") or None,
                 documents=None,
                 add_generation_prompt=body.get("add_generation_prompt", True) is not False,
@@ -232,16 +232,50 @@ def _template_source(folder: Path) -> tuple[str, dict[str, str]]:
     return source if isinstance(source, str) else "", names
 
 
-def _flat(message: Any) -> dict[str, Any]:
-    """A message with its text parts joined as vLLM joins them for templates that want text. Raises Unsupported."""
-    if not isinstance(message, dict):
-        raise Unsupported("a message that is no object")
+def _loops_over_content(template: Any) -> bool:
+    """Whether a template goes through the parts of a message: then vLLM gives it lists of parts, else one text."""
+    from jinja2 import nodes
+
+    for loop in template.find_all(nodes.For):
+        for node in (loop.iter, *loop.iter.find_all(nodes.Expr)):
+            if isinstance(node, nodes.Getattr) and node.attr == "content":
+                return True
+            if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "content":
+                return True
+            if isinstance(node, nodes.Name) and node.name == "content":
+                return True
+    return False
+
+
+def _as_rendered(message: Any, wants_parts: bool) -> dict[str, Any]:
+    """A message as vLLM hands it to the template. Raises Unsupported."""
+    if not isinstance(message, dict) or message.get("role") == "developer":
+        raise Unsupported("a message that is no object, or of a role that engines rewrite")
     content = message.get("content")
     _check_parts(content)
     if isinstance(content, list):
         texts = [part if isinstance(part, str) else str(part.get("text", "")) for part in content]
-        return {**message, "content": "\n".join(texts)}
-    return {**message, "content": content or ""}
+    else:
+        texts = [str(content)] if content else []
+    shown = {
+        **message,
+        "content": [{"type": "text", "text": text} for text in texts] if wants_parts else "\n".join(texts),
+    }
+    if message.get("tool_calls"):
+        shown["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+    return shown
+
+
+def _with_arguments(call: Any) -> Any:
+    """A tool call with its arguments as an object, as templates want them. Raises ValueError."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise Unsupported("a tool call that is no function")
+    arguments = function.get("arguments") or {}
+    return {
+        **call,
+        "function": {**function, "arguments": json.loads(arguments) if isinstance(arguments, str) else arguments},
+    }
 
 
 def _check_parts(content: Any) -> None:

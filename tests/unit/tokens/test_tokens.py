@@ -139,6 +139,27 @@ def test_pieces_between_special_tokens_are_tokenized_once(tmp_path: Path) -> Non
         assert made.chat({"messages": messages}) == expected
 
 
+def test_templates_get_texts_or_parts_as_they_want_them(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    parts = "{% for m in messages %}{% for c in m['content'] %}{{ c.text }}|{% endfor %}{% endfor %}"
+    calls = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.x }}{% endfor %}{% endfor %}"
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": "found"}'}}]},
+    ]
+    (tmp_path / "tokenizer.json").write_text((TINY_MODEL / "tokenizer.json").read_text())
+    for template, wanted in ((text, "user:a\nb;assistant:;"), (parts, "a|b|"), (calls, "found")):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        made = HuggingFaceTokenizer(tmp_path)
+        assert made.chat({"messages": messages}) == made.text(wanted, add_special_tokens=False)
+    for bad in (
+        {"role": "developer", "content": "x"},
+        {"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]},
+    ):
+        with pytest.raises(Unsupported):
+            made.chat({"messages": [bad]})
+
+
 @pytest.mark.parametrize("content", ["", "{", "{}"])
 def test_tokenizers_that_cannot_be_loaded(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
@@ -258,6 +279,18 @@ async def test_what_is_late_is_decided_without(monkeypatch: pytest.MonkeyPatch) 
     cancelled.cancel()
     await asyncio.sleep(0)
     assert len(got) == 1
+
+
+async def test_a_tokenizer_that_makes_other_ids_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "TRIAL_S", 0.0)
+    for held in (True, False):
+        host = Host(Index(held), tokenizer="builtin")
+        for number in range(2 * exact.MAX_MISSES):
+            made = await host.ready({"model": "m", "prompt": f"prompt {number} " * 30})
+            assert made.block_hashes
+        made_now, features = host.prepare({"model": "m", "prompt": "text " * 30})
+        assert (made_now is features) is not held
+        host.exact.close()
 
 
 async def test_too_many_at_once_are_decided_without(monkeypatch: pytest.MonkeyPatch) -> None:
