@@ -8,7 +8,8 @@ from router.routing.price import refusal
 from router.routing.state import PoolState, TargetState
 from router.routing.types import RequestFeatures
 
-_REFRESHES_PER_DECISION = 16
+_REFRESHES_PER_DECISION = 64
+_FRESH_TOP_TRIES = 16
 _MAX_ADAPTER_HEAPS = 64
 
 
@@ -40,7 +41,7 @@ class Escapes:
         """Slot of the target with the least work that may take the request."""
         stale = self._loads.stale
         for _ in range(min(len(stale), _REFRESHES_PER_DECISION)):
-            self._refresh(stale.popitem()[0])
+            self._refresh(stale.popitem(last=False)[0])
         heap = self._heap_for(request.adapter, pool)
         get, by_slot = self._loads.get, pool.by_slot
 
@@ -48,7 +49,7 @@ class Escapes:
             return not refusal(by_slot[slot], get(slot), request, exclude, now_s)
 
         slot = heap.best(eligible)
-        for _ in range(_REFRESHES_PER_DECISION):
+        for _ in range(_FRESH_TOP_TRIES):
             if slot is None or slot not in stale:
                 break
             del stale[slot]

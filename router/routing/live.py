@@ -12,7 +12,7 @@ from router.routing.loads import Loads, OwnLog
 from router.routing.policies import DEFAULT, POLICIES
 from router.routing.policies.common import no_pool, pinned
 from router.routing.popularity import Popularity
-from router.routing.prefix import scheduled_hashes
+from router.routing.prefix import scheduled_count, scheduled_hashes
 from router.routing.prefix_table import PrefixReader, PrefixWriter
 from router.routing.sent_prefixes import SentPrefixes, SentPrefixReader
 from router.routing.state import KvView, PoolState, TargetState
@@ -206,7 +206,14 @@ class LiveFleet:
         if state is not None and chain:
             hashes = scheduled_hashes(chain)
             entered = self._prefix_writer.insert(
-                state.salt, hashes, chain[-1], load.stored_tokens, now_s, state.young_tokens
+                state.salt,
+                hashes,
+                chain[-1],
+                load.stored_tokens,
+                now_s,
+                state.young_tokens,
+                scheduled_count(decision.key_depth) - 1 if decision.key_depth > 1 else 0,
+                state.common_young_tokens,
             )
             self._sent.append(slot, (*hashes, chain[-1]))
         if load.circuit_until_s and self._writer.failures(slot) >= circuit.THRESHOLD:

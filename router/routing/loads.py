@@ -1,5 +1,7 @@
 """Sums of the accounts, remembered until somebody's dirty log, or this process itself, says that they changed."""
 
+from collections import OrderedDict
+
 from router.routing.accounts import AccountsReader, Load
 from router.routing.dirty_log import DirtyLog, DirtyReader
 
@@ -18,8 +20,8 @@ class Loads:
         self._sum = accounts.load
         self._readers = readers
         self._cache: list[Load | None] = [None] * accounts.slots
-        self.stale: dict[int, None] = dict.fromkeys(range(accounts.slots))
-        """Slots that changed and that nobody took out yet (keys; an ordered set): for who orders slots by load."""
+        self.stale: OrderedDict[int, None] = OrderedDict.fromkeys(range(accounts.slots))
+        """Slots that changed and that nobody took out yet (keys), first changed first: for who orders slots by load."""
 
     def get(self, slot: int) -> Load:
         """Load of ``slot`` as of the last ``catch_up`` or later."""
@@ -41,9 +43,9 @@ class Loads:
     def catch_up(self) -> None:
         """Takes notice of all changes that other processes made until now."""
         for reader in self._readers:
-            if not reader.pending:
-                continue
             slots = reader.take(_ALL)
+            if slots == ():
+                continue
             cache, stale = self._cache, self.stale
             if slots is None:
                 size = len(cache)

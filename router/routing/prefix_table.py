@@ -7,7 +7,8 @@ of a conversation is recognised to the full depth of the last one.
 
 Entries that were made a short while ago are left as they are, so that a prefix which is sent again and again costs one
 write, not one per depth. For that to be sound, what is entered beyond a young entry bears that entry's stamp: whatever
-depth of a prompt is found, all shallower ones were entered at its stamp or later.
+depth of a prompt is found, all shallower ones were entered at its stamp or later (as far as the ring key: what lies
+before it, and many sessions share, may look older than it is).
 
 Nobody locks: entries are hints. Two processes that write the same way of a bucket at the same moment leave an entry
 with words of both, whose worst is to be found some chunks too shallow, or to be stale too early or too late.
@@ -24,6 +25,8 @@ from router.routing.types import Chain
 DEFAULT_ENTRIES = 1 << 19
 YOUNG_SHARE = 1 / 16
 """Entries are young, and left as they are, until the target has stored this share of its capacity."""
+COMMON_YOUNG_SHARE = 1 / 2
+"""The same for entries of what many sessions share: it is sent again long before it would be taken for stale."""
 _WAYS = 4
 _TAG_BYTES = 4
 """The tags of all buckets come first, by themselves: most look-ups end there, and 2 MB stay in a CPU's cache."""
@@ -76,20 +79,27 @@ class PrefixWriter:
         stamp_tokens: float,
         now_s: float,
         young_tokens: float = 0.0,
+        common: int = 0,
+        common_young_tokens: float = 0.0,
     ) -> int:
         """Enters ``hashes`` (of one prompt, at the scheduled depths, shallow to deep) for the target of ``salt``.
 
         ``deepest`` is the hash of the prompt's deepest chunk, ``stamp_tokens`` the target's stored-tokens clock. From
-        the deep end until an entry is met that was made within ``young_tokens`` of the clock. Returns how many were
-        entered, for ``forget``.
+        the deep end until an entry is met that was made within ``young_tokens`` of the clock; the shallowest ``common``
+        of them, which many sessions share, may be as old as ``common_young_tokens``. Returns how many were entered, for
+        ``forget``.
         """
         words, region, mask, first_word = self._words, self._region, self._mask, self._first_word
         stamp, time = max(0, int(stamp_tokens)), max(0, int(now_s * 1e6))
         entered: list[int] = []
         # Only the deepest of the entries leads on to the prompt's end: what ends here, or goes on from here, is told
         # apart by what is entered beyond.
-        tail = deepest
+        tail, own = deepest, 0
+        left = len(hashes)
         for value in reversed(hashes):
+            if left == common:
+                young_tokens, own = common_young_tokens, len(entered)
+            left -= 1
             key = value ^ salt
             bucket = key & mask
             tag = key >> 32 or 1
@@ -103,7 +113,7 @@ class PrefixWriter:
                 words[at + _TIMES] = time
                 if 0 <= stamp - known <= young_tokens:
                     if known != stamp:
-                        for at in entered:
+                        for at in entered[own:]:
                             words[at + _STAMPS] = known
                     break
             else:

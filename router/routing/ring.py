@@ -3,6 +3,8 @@
 from bisect import bisect_left
 
 MAX_HOMES = 4
+MAX_REMEMBERED = 8192
+"""Keys of which a pool's rings remember the homes."""
 
 
 class Ring:
@@ -42,22 +44,29 @@ class DualRing:
     ``version`` identifies the members and weights they were built from: equal versions give equal homes everywhere.
     """
 
-    __slots__ = ("_a", "_b", "_wanted_a", "_wanted_b", "members", "version")
+    __slots__ = ("_a", "_b", "_known", "_wanted_a", "_wanted_b", "members", "version")
 
     def __init__(self, version: str, members: int, a: Ring, b: Ring) -> None:
         self.version = version
         self.members = members
         self._wanted_a = min(2, members)
         self._wanted_b = min(MAX_HOMES, members) - self._wanted_a
+        self._known: dict[int, tuple[int, ...]] = {}
         self._a = a
         self._b = b
 
     def homes(self, key: int) -> tuple[int, ...]:
         """Slots of the key's first two distinct successors on ring A, then of the first two on ring B that differ
         from those. Fewer where the pool has fewer members; of three, ring B names one."""
+        known = self._known.get(key)
+        if known is not None:
+            return known
         found: list[int] = []
         if self._wanted_a:
             self._a.extend(key, found, self._wanted_a)
         if self._wanted_b:
             self._b.extend(key, found, self._wanted_b)
-        return tuple(found)
+        if len(self._known) >= MAX_REMEMBERED:
+            self._known.clear()
+        homes = self._known[key] = tuple(found)
+        return homes

@@ -5,7 +5,7 @@ from math import inf
 from typing import Protocol
 
 from router.routing.accounts import Load
-from router.routing.prefix_table import YOUNG_SHARE, target_salt
+from router.routing.prefix_table import COMMON_YOUNG_SHARE, YOUNG_SHARE, target_salt
 from router.routing.ring import DualRing
 from router.routing.types import Chain, RequestFeatures
 from twofold.model.fleet import Health, Pool, RoutingPolicy, Target
@@ -26,6 +26,7 @@ class TargetState:
         "adapters",
         "base_s",
         "batch_tokens",
+        "common_young_tokens",
         "context_s",
         "correction",
         "decode_kv_s",
@@ -57,6 +58,7 @@ class TargetState:
         self.batch_tokens = profile.max_num_batched_tokens
         self.kv_capacity_tokens = float(target.facts.kv_capacity_tokens or profile.kv_capacity_tokens)
         self.young_tokens = YOUNG_SHARE * self.kv_capacity_tokens
+        self.common_young_tokens = COMMON_YOUNG_SHARE * self.kv_capacity_tokens
         self.longest_tokens: float = target.facts.max_model_len_tokens or pool.max_model_len_tokens or inf
         """Prompt and output together; infinite where nobody said."""
         self.max_inflight = pool.max_inflight_per_target

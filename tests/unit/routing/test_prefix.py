@@ -242,6 +242,23 @@ def test_a_shorter_prompt_is_still_known_whole_after_a_longer_one_passed_it() ->
     assert table.held((*short, 1)) == 50, "48 is the schedule's depth; the rest is known by its end"
 
 
+def test_what_many_sessions_share_is_refreshed_more_rarely_and_dates_nothing_of_theirs() -> None:
+    table = Table()
+    rng = random.Random(1)
+    shared = random_chain(rng, 8)
+    first, second, third = (random_chain(rng, 12, shared) for _ in range(3))
+
+    def send(values: tuple[int, ...], stamp: float) -> int:
+        return table.writer.insert(SALT, hashes_of(values), values[-1], stamp, stamp, 10.0, 8, 50.0)
+
+    assert send(first, 0.0) == 12
+    assert send(second, 50.0) == 4, "the shared part is not 50 tokens old"
+    assert table.held(second, stored=150.0, capacity=100.0) == 12, "its own part is as old as it is"
+    assert table.held(first, stored=150.0, capacity=100.0) == 0
+    assert send(third, 51.0) == 12
+    assert table.held(first, stored=150.0, capacity=100.0) == 8
+
+
 def test_a_prompt_sent_again_and_again_costs_one_look() -> None:
     table = Table()
     values = random_chain(random.Random(1), 512)
