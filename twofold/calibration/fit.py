@@ -32,6 +32,8 @@ CONSTANTS = LAW + FRONT_END
 _COLUMN = {name: index for index, name in enumerate(CONSTANTS)}
 _SMALLEST_S = 1e-9
 _RESAMPLINGS = 40
+_LEAST_STEP, _LEAST_TOKEN = 0.05, 0.005
+"""Least ``base_s`` as a share of the shortest decode step, least ``prefill_per_token_s`` as one of TTFT over tokens."""
 _P90 = 1.2816
 """Standard deviations from the median to the 90th percentile of a normal distribution."""
 
@@ -124,8 +126,6 @@ def fit(measurements: Measurements, *, max_num_batched_tokens: int, seed: int = 
     constants = _solve(rows, used, median)
     intervals = _intervals(rows, used, random.Random(seed))
     law = StepLaw(**{name: float(constants[_COLUMN[name]]) for name in LAW})
-    if law.base_s <= 0 or law.prefill_per_token_s <= 0:
-        raise FitError("the measurements are too noisy to tell the time of a step from that of a token")
     return Fit(
         law=law,
         request_overhead_s=float(constants[_COLUMN["request_overhead_s"]]),
@@ -163,9 +163,28 @@ def _jitter(samples: Sequence[Decode]) -> float:
 def _solve(rows: Sequence[_Row], used: Sequence[int], middle: Callable[[Sequence[float]], float]) -> Array:
     matrix = np.array([[row.coefficients[column] for column in used] for row in rows], dtype=np.float64)
     target = np.array([max(_SMALLEST_S, middle(row.repeats_s)) for row in rows], dtype=np.float64)
+    least = _least(rows, target)
     constants = np.zeros(len(CONSTANTS))
-    constants[used] = robust_nonnegative(matrix, target, target)
-    return constants
+    constants[used] = robust_nonnegative(matrix, target - matrix @ least[used], target)
+    return constants + least
+
+
+def _least(rows: Sequence[_Row], target: Array) -> Array:
+    """Lower bounds: a step and a prompt token always take some time, and no law without them is of use.
+
+    Far below any real engine's: only a host so noisy that the rest of the fit is doubtful, too, comes down to them.
+    """
+    least = np.zeros(len(CONSTANTS))
+    step, new = _COLUMN["base_s"], _COLUMN["prefill_per_token_s"]
+    steps = [seconds for row, seconds in zip(rows, target, strict=True) if row.kind == "itl"]
+    prompts = [
+        seconds / row.coefficients[new]
+        for row, seconds in zip(rows, target, strict=True)
+        if row.kind in ("ttft", "prefill") and row.coefficients[new]
+    ]
+    least[step] = _LEAST_STEP * min(steps)
+    least[new] = _LEAST_TOKEN * min(prompts)
+    return least
 
 
 def _intervals(rows: Sequence[_Row], used: Sequence[int], rng: random.Random) -> dict[str, tuple[float, float]]:

@@ -165,3 +165,21 @@ def test_points_say_what_was_measured_and_what_the_profile_says() -> None:
 def test_too_little_is_said(samples: Measurements) -> None:
     with pytest.raises(FitError, match="needs at least"):
         fit(samples, max_num_batched_tokens=BUDGET)
+
+
+def test_whatever_was_measured_gives_a_law_that_a_profile_may_have() -> None:
+    rng = random.Random(3)
+    for _ in range(20):
+        samples = Measurements(
+            first_tokens=tuple(
+                FirstToken(prompt_tokens=n, cached_tokens=0, ttft_s=rng.uniform(0.01, 0.3), prefill_s=0.01)
+                for n in (16, 100, 1000, 2000)
+            ),
+            decodes=tuple(
+                Decode(sequences=n, context_tokens=50, step_s=rng.uniform(0.001, 0.1)) for n in (1, 4, 16, 64)
+            ),
+        )
+        law = fit(samples, max_num_batched_tokens=BUDGET).law
+        assert law.base_s > 0
+        assert law.prefill_per_token_s > 0
+        assert min(law.decode_per_seq_s, law.decode_per_kv_token_s, law.prefill_per_seq_s) >= 0
