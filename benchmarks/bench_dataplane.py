@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import uvloop
 from dataplane import client
-from dataplane.loads import LOADS, Load, requests
+from dataplane.loads import FILL, LOADS, Load, requests, unrelated_requests
 from dataplane.proxies import Proxy, ProxyError, spent_s, start
 
 WORKERS = 4
@@ -85,6 +85,19 @@ class Bench:
             payload_bytes=burst.payload_bytes,
             errors=burst.errors,
         )
+
+    async def fill(self, proxy: Proxy, count: int) -> dict[str, float]:
+        """Memory by process once every bounded map has met more entries than it holds."""
+        await asyncio.to_thread(set_pace, self._workers[0], FILL)
+        burst = client.Burst(FILL, unrelated_requests(count))
+        connections = await client.connect(burst, [proxy.port], FILL.connections)
+        await client.run(burst, connections, 0.0, 2 * BURST_TIMEOUT_S)
+        memory = proxy.rss_mb()
+        for connection in connections:
+            connection.close()
+        if burst.errors:
+            say(f"fill: {len(burst.errors)} ERRORS, first: {burst.errors[0]}")
+        return memory
 
     async def run(self, proxies: dict[str, Proxy | None], loads: list[Load], rounds: int) -> None:
         """``rounds`` visits of every proxy with every load, after one short visit that does not count."""
@@ -185,6 +198,9 @@ async def measure(arguments: argparse.Namespace, workers: list[int], folder: Pat
                 memory = proxy.rss_mb()
                 figures["rss_mb"] = round(sum(memory.values()), 1)
                 figures["rss_mb_by_process"] = memory
+                if name == "twofold" and arguments.fill:
+                    say(f"filling the maps of {name}")
+                    figures["rss_mb_full_by_process"] = await bench.fill(proxy, arguments.fill)
     finally:
         for proxy in running.values():
             if proxy is not None:
@@ -203,6 +219,7 @@ def main() -> int:
     parser.add_argument("--loads", default=",".join(LOADS), help="comma-separated, of " + ", ".join(LOADS))
     parser.add_argument("--rounds", type=int, default=3, help="bursts of each load on each proxy")
     parser.add_argument("--seconds", type=float, default=1.0, help="size of a burst of unstreamed requests")
+    parser.add_argument("--fill", type=int, default=70_000, help="unrelated requests before memory is read again")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="twofold-bench-") as folder:
         upstream = subprocess.Popen(

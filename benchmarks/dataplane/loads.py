@@ -44,6 +44,30 @@ LOADS = {
 }
 
 
+FILL = Load("fill", "", 64, 1280, requests_per_s=1)
+
+
+def unrelated_requests(count: int) -> Iterator[bytes]:
+    """Requests that share nothing: each is a new prefix, so that every bounded map fills up."""
+    filler = b" all of this is padding" * 50
+    for number in range(count):
+        body = b'{"messages":[{"role":"user","content":"%016x%b"}],"model":"%b","max_tokens":%d}' % (
+            number * 0x9E3779B97F4A7C15 % (1 << 64),
+            filler,
+            MODEL.encode(),
+            ANSWER_TOKENS,
+        )
+        yield _request(body)
+
+
+def _request(body: bytes) -> bytes:
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: router\r\nAccept: application/json\r\n"
+        b"Content-Type: application/json\r\nUser-Agent: OpenAI/Python 2.8.0\r\nAuthorization: Bearer sk-none\r\n"
+        b"X-Stainless-Lang: python\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+
+
 def requests(load: Load, round_number: int, count: int) -> Iterator[bytes]:
     """The requests of one burst, the same for every proxy, different in every round.
 
@@ -81,8 +105,4 @@ def requests(load: Load, round_number: int, count: int) -> Iterator[bytes]:
         body = b'{"messages":%b,{"role":"user","content":"%016x %b%b' % (
             history, rng.getrandbits(64), asked[number % 97], tail,
         )  # fmt: skip
-        yield (
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: router\r\nAccept: application/json\r\n"
-            b"Content-Type: application/json\r\nUser-Agent: OpenAI/Python 2.8.0\r\nAuthorization: Bearer sk-none\r\n"
-            b"X-Stainless-Lang: python\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-        )
+        yield _request(body)
