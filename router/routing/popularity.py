@@ -1,6 +1,6 @@
 """Which prefixes are hot, by decayed and bounded counts, and the ring key that follows from it."""
 
-from router.routing.prefix import DEPTH_SCHEDULE
+from router.routing.prefix import DEPTH_SCHEDULE, scheduled_count
 from router.routing.types import Chain
 
 _RESCALE_EXPONENT = 512.0
@@ -15,6 +15,7 @@ class Popularity:
     """
 
     __slots__ = (
+        "_begin",
         "_exponent_per_s",
         "_generation",
         "_old",
@@ -31,6 +32,7 @@ class Popularity:
         self._generation = max(1, entries // 2)
         self._origin_s = now_s
         self._total = 0.0
+        self._begin = 0
         self._young: dict[int, float] = {}
         self._old: dict[int, float] = {}
         self.generations = 0
@@ -45,23 +47,28 @@ class Popularity:
         """(key, chunks it covers): the first chunk whose share of recent requests is at most ``key_share / targets``,
         or that was seen fewer than ``min_count`` times; (``unique_id``, 0) where the chain has no such chunk.
 
-        Looks at the depths of the schedule only, which bounds the walk through a very hot, very long prefix.
+        Looks at the depths of the schedule only, which bounds the walk through a very hot, very long prefix; and begins
+        where the request counted last had its key, if the chain is hot just before that: so it is before.
         """
         if not chain:
             return unique_id, 0
         young, old = self._young, self._old
         share = self._total * key_share / max(targets, 1)
-        few = 0.0
+        few = min_count * 2.0 ** min((now_s - self._origin_s) * self._exponent_per_s, 1000.0)
         chunks = len(chain)
-        for depth in DEPTH_SCHEDULE:
+        depths = DEPTH_SCHEDULE
+        begin = self._begin
+        if begin > 1 and depths[begin - 1] <= chunks:
+            value = chain[depths[begin - 1] - 1]
+            count = young.get(value) or old.get(value, 0.0)
+            if count > share and count >= few:
+                depths = depths[begin:]
+        for depth in depths:
             if depth > chunks:
                 break
             value = chain[depth - 1]
             count = young.get(value) or old.get(value, 0.0)
-            if count <= share:
-                return value, depth
-            few = few or min_count * 2.0 ** min((now_s - self._origin_s) * self._exponent_per_s, 1000.0)
-            if count < few:
+            if count <= share or count < few:
                 return value, depth
         return unique_id, 0
 
@@ -75,6 +82,7 @@ class Popularity:
         self._total += one
         young, old = self._young, self._old
         deepest = key_depth or len(chain)
+        self._begin = scheduled_count(key_depth) - 1 if key_depth > 1 else 0
         for depth in DEPTH_SCHEDULE:
             if depth > deepest or depth > len(chain):
                 break

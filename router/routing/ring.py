@@ -3,7 +3,7 @@
 from bisect import bisect_left
 
 MAX_HOMES = 4
-MAX_REMEMBERED = 8192
+MAX_REMEMBERED = 4096
 """Keys of which a pool's rings remember the homes."""
 
 

@@ -106,6 +106,22 @@ def test_a_flood_of_new_prefixes_is_bounded_and_does_not_wash_out_what_is_hot() 
     assert key_of(counts, (1, 2))[1] == 2
 
 
+def test_where_the_walk_begins_changes_no_key() -> None:
+    """Prompts with long and with short shared prefixes in turn, against counts that always walk from the beginning."""
+    rng = random.Random(2)
+    long, short = tuple(range(1000, 1064)), tuple(range(2000, 2003))
+    counts, plain = Popularity(120.0, 0.0), Popularity(120.0, 0.0)
+    depths = set()
+    for number in range(1500):
+        start = rng.choice((long, short, long[:20], ()))
+        chain = start + tuple(rng.getrandbits(64) for _ in range(rng.randrange(1, 30)))
+        plain._begin = 0
+        key, depth = serve(counts, chain, number * 0.1, targets=300)
+        assert serve(plain, chain, number * 0.1, targets=300) == (key, depth)
+        depths.add(depth)
+    assert {1, 4, 22, 72} <= depths
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 20), max_size=40), st.floats(0, 1e5)), max_size=60),
