@@ -197,8 +197,11 @@ class Agent:
         task = asyncio.get_running_loop().create_task(job, name=name)
 
         def ended(done: asyncio.Task[None]) -> None:
-            if not done.cancelled() and done.exception() is not None:
-                log.critical("agent job failed", exc_info=done.exception(), extra={"job": name})
+            if done.cancelled() and self._stopping.is_set():
+                return
+            if done.cancelled() or done.exception() is not None:
+                error = None if done.cancelled() else done.exception()
+                log.critical("agent job failed", exc_info=error, extra={"job": name})
                 self.failed = True
                 self.stop()
 

@@ -1,7 +1,6 @@
 """The connection to the control plane: one channel at a time, the fleet watched over it, the report stream beside."""
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -110,6 +109,10 @@ class ControlPlaneLink:
                 failure = f"{error.code().name}: {(error.details() or '')[:200]}"
             except (LinkError, wire.WireError) as error:
                 failure = str(error)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                failure = "the watch was cancelled"
             self.connected = False
             self.reconnects += 1
             self._note_failure(failure)
@@ -139,8 +142,9 @@ class ControlPlaneLink:
             finally:
                 call.cancel()
                 beside.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await beside
+                await asyncio.wait({beside})
+                if not beside.cancelled():
+                    beside.result()
 
     async def _connect(self, channel: grpc.aio.Channel) -> None:
         """Wait for the connection; a refused one fails at once, so that the next address gets its turn."""
@@ -203,7 +207,21 @@ class ControlPlaneLink:
                 reason = f"{error.code().name}: {(error.details() or '')[:200]}"
             except (LinkError, asyncio.InvalidStateError) as error:
                 reason = str(error)
+            except asyncio.CancelledError:
+                if _is_cancelled():
+                    raise
+                reason = "the stream was cancelled"
             if loop.time() - started_s > BACKOFF_MAX_S:
                 backoff.reset()
             log.warning("report stream ended", extra={"address": self.address, "reason": reason})
             await asyncio.sleep(backoff.next_s())
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is to end.
+
+    gRPC raises CancelledError also in tasks that nobody cancelled, when a call was cancelled below them; that is a
+    failure like any other, and must not end what is to run for ever.
+    """
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0

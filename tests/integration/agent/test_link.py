@@ -206,3 +206,29 @@ def test_certificate_and_key_go_together(tmp_path: Path) -> None:
         Credentials(cert_file=str(cert_file))
     with pytest.raises(OSError):
         Credentials(ca_file=str(tmp_path / "nothing"))
+
+
+async def test_a_cancellation_that_nobody_asked_for_ends_neither_the_watch_nor_what_runs_beside(
+    control_plane: FakeControlPlane,
+) -> None:
+    await control_plane.set(fleet(target("t-0")))
+    watcher = Watcher(control_plane.address)
+    taken = 0
+
+    def take(snapshot: FleetSnapshot) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 1:
+            raise asyncio.CancelledError  # as gRPC does for a call that was cancelled below
+
+    async def beside(channel: grpc.aio.Channel) -> None:
+        watcher.beside += 1
+        if watcher.beside <= 3:
+            raise asyncio.CancelledError
+        await asyncio.Event().wait()
+
+    watcher.link._on_snapshot = take
+    watcher.link._beside = beside
+    async with watcher.running():
+        await until(lambda: taken == 1 and watcher.link.reconnects == 1, "the watch ends and begins anew")
+        await until(lambda: watcher.link.connected and watcher.beside == 4, "both run again")
