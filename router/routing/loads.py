@@ -21,7 +21,8 @@ class Loads:
         self._readers = readers
         self._cache: list[Load | None] = [None] * accounts.slots
         self.stale: OrderedDict[int, None] = OrderedDict.fromkeys(range(accounts.slots))
-        """Slots that changed and that nobody took out yet (keys), first changed first: for who orders slots by load."""
+        """Slots that changed and that nobody took out yet (keys), first changed first: for who orders slots by load.
+        Whoever takes one out reads it: what was not read since its last change is in here already."""
 
     def get(self, slot: int) -> Load:
         """Load of ``slot`` as of the last ``catch_up`` or later."""
@@ -32,8 +33,9 @@ class Loads:
 
     def changed(self, slot: int) -> None:
         """This process changed ``slot``."""
-        self._cache[slot] = None
-        self.stale[slot] = None
+        if self._cache[slot] is not None:
+            self._cache[slot] = None
+            self.stale[slot] = None
 
     @property
     def rescans(self) -> int:
@@ -53,8 +55,9 @@ class Loads:
                 stale.update(dict.fromkeys(range(size)))
                 continue
             for slot in slots:
-                cache[slot] = None
-                stale[slot] = None
+                if cache[slot] is not None:
+                    cache[slot] = None
+                    stale[slot] = None
 
 
 class OwnLog(DirtyLog):
