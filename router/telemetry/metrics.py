@@ -31,11 +31,14 @@ class PoolMetrics:
     """Series of one pool, looked up once."""
 
     __slots__ = (
+        "_above_s",
         "_cells",
         "_codes",
         "_gap",
+        "_gap_cell",
         "_pool",
         "_requests",
+        "_up_to_s",
         "cached_tokens",
         "decisions",
         "duration",
@@ -52,6 +55,7 @@ class PoolMetrics:
         self._codes: dict[int, int] = {}
         self.ttft = metrics.ttft.series(pool)
         self._gap = metrics.inter_token.series(pool)
+        self._place(0.0)
         self.duration = metrics.duration.series(pool)
         self.inflight = metrics.inflight.cell(pool)
         self.events = metrics.output_events.cell(pool)
@@ -91,9 +95,19 @@ class PoolMetrics:
         """``events`` arrived together, ``gap_s`` after those before them: each took an equal part of the gap."""
         cells = self._cells
         cells[self.events] += events
+        each_s = gap_s / events
+        if not self._above_s < each_s <= self._up_to_s:
+            self._place(each_s)
+        cells[self._gap_cell] += events
+        cells[self._gap.sum_cell] += gap_s
+
+    def _place(self, gap_s: float) -> None:
+        """Go over to the bucket of ``gap_s``; the next gap most likely falls into the same."""
         gap = self._gap
-        cells[gap.base + bisect_left(gap.bounds, gap_s / events)] += events
-        cells[gap.sum_cell] += gap_s
+        bucket = bisect_left(gap.bounds, gap_s)
+        self._gap_cell = gap.base + bucket
+        self._above_s = gap.bounds[bucket - 1] if bucket else float("-inf")
+        self._up_to_s = gap.bounds[bucket] if bucket < len(gap.bounds) else float("inf")
 
 
 class RelayMetrics:
