@@ -31,7 +31,7 @@ FRONT_END = ("request_overhead_s", "request_overhead_per_token_s")
 CONSTANTS = LAW + FRONT_END
 _COLUMN = {name: index for index, name in enumerate(CONSTANTS)}
 _SMALLEST_S = 1e-9
-_RESAMPLINGS = 40
+RESAMPLINGS = 40
 _LEAST_STEP, _LEAST_TOKEN = 0.05, 0.005
 """Least ``base_s`` as a share of the shortest decode step, least ``prefill_per_token_s`` as one of TTFT over tokens."""
 _P90 = 1.2816
@@ -114,17 +114,20 @@ class _Row(msgspec.Struct, frozen=True):
     repeats_s: tuple[float, ...]
 
 
-def fit(measurements: Measurements, *, max_num_batched_tokens: int, seed: int = 0) -> Fit:
+def fit(
+    measurements: Measurements, *, max_num_batched_tokens: int, seed: int = 0, resamplings: int = RESAMPLINGS
+) -> Fit:
     """The constants that say best what was measured.
 
-    ``max_num_batched_tokens``: longer prompts take several steps. Raises FitError with too few points.
+    ``max_num_batched_tokens``: longer prompts take several steps. ``resamplings``: fits for the intervals, 0 for none.
+    Raises FitError with too few points.
     """
     rows = _rows(measurements, max_num_batched_tokens)
     if not any(row.kind == "itl" for row in rows) or not any(row.kind in ("ttft", "prefill") for row in rows):
         raise FitError("a fit needs at least one decode point and one prompt point")
     used = [_COLUMN[name] for name in CONSTANTS if any(row.coefficients[_COLUMN[name]] for row in rows)]
     constants = _solve(rows, used, median)
-    intervals = _intervals(rows, used, random.Random(seed))
+    intervals = _intervals(rows, used, random.Random(seed), resamplings)
     law = StepLaw(**{name: float(constants[_COLUMN[name]]) for name in LAW})
     return Fit(
         law=law,
@@ -187,10 +190,12 @@ def _least(rows: Sequence[_Row], target: Array) -> Array:
     return least
 
 
-def _intervals(rows: Sequence[_Row], used: Sequence[int], rng: random.Random) -> dict[str, tuple[float, float]]:
+def _intervals(
+    rows: Sequence[_Row], used: Sequence[int], rng: random.Random, resamplings: int
+) -> dict[str, tuple[float, float]]:
     """Bootstrap: as many repeats as there were, drawn with replacement, and points likewise."""
     fits = []
-    for _ in range(_RESAMPLINGS):
+    for _ in range(resamplings):
         chosen = rng.choices(rows, k=len(rows))
         kinds = {row.kind for row in chosen}
         if not {"itl"} <= kinds or not kinds & {"ttft", "prefill"}:

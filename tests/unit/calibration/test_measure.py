@@ -47,7 +47,7 @@ async def measure(profile: EngineProfile, *, quick: bool):
 @pytest.mark.parametrize("quick", [True, False], ids=["quick", "full"])
 def test_the_law_of_an_emulated_engine_comes_back(profile: EngineProfile, quick: bool) -> None:
     measurer, points, seen, facts, measurements = run(measure(profile, quick=quick))
-    found = fit(measurements, max_num_batched_tokens=profile.max_num_batched_tokens)
+    found = fit(measurements, max_num_batched_tokens=profile.max_num_batched_tokens, resamplings=0)
     wanted = {name: getattr(profile if name in FRONT_END else profile.law, name) for name in CONSTANTS}
     assert {k: v for k, v in constants(found).items() if wanted[k]} == pytest.approx(
         {k: v for k, v in wanted.items() if v}, rel=0.03
@@ -187,7 +187,7 @@ def test_a_flood_shows_the_limits(budget: int, seqs: int) -> None:
 def test_scatter_and_busy_front_ends_are_seen() -> None:
     profile = msgspec.structs.replace(TINY, step_jitter=0.2, request_overhead_busy_s=0.012)
     _, _, _, _, measurements = run(measure(profile, quick=True))
-    found = fit(measurements, max_num_batched_tokens=profile.max_num_batched_tokens)
+    found = fit(measurements, max_num_batched_tokens=profile.max_num_batched_tokens, resamplings=0)
     assert found.step_jitter == pytest.approx(0.2, rel=0.25)
     assert found.request_overhead_busy_s == pytest.approx(0.012, abs=profile.law.decode_s(4, 400) / 2)
     steady = fit(run(measure(TINY, quick=True))[4], max_num_batched_tokens=2048)
