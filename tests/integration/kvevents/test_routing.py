@@ -1,5 +1,7 @@
 """A whole fleet whose routers know what their engines cache, from prompts that those routers never saw."""
 
+import json
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -138,6 +140,23 @@ def test_outcomes_are_counted(fleet: Up) -> None:
         assert f'twofold_exact_prefixes_total{{pool="llama-8b",outcome="{outcome}"}}' in text
     assert 'twofold_kv_events_targets{pool="llama-8b",state="exact"} 6' in text
     assert "twofold_kv_events_blocks_total" in text
+
+
+def test_clients_that_leave_while_their_prompt_is_looked_at_leave_nothing_behind(fleet: Up) -> None:
+    port = int(fleet.urls[0].rpartition(":")[2])
+    for number in range(20):
+        messages = [{"role": "user", "content": f"{number} is gone soon " * 3000}]
+        body = json.dumps({"model": "default", "messages": messages, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(head.encode() + body)
+
+    def idle() -> bool:
+        relays = fleet.state(fleet.admin_urls[0])["relays"].values()
+        return all(relay["inflight"] == 0 for relay in relays)
+
+    until(idle, "no request is left in progress")
+    post(f"{fleet.urls[0]}/v1/completions", {"model": "default", "prompt": prompt(8, 64), "max_tokens": 1})
 
 
 def test_bad_bodies_are_still_the_engines_to_refuse(fleet: Up) -> None:
