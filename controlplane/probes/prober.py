@@ -161,8 +161,8 @@ class Prober:
                     task.add_done_callback(self._done)
             self._wake.clear()
             wait_s = max(0.0, self._heap[0][0] - now_s) if self._heap else None
-            if len(self._tasks) >= MAX_CONCURRENT:
-                self.deferred += wait_s == 0.0
+            if wait_s == 0.0 and len(self._tasks) >= MAX_CONCURRENT:
+                self.deferred += 1
                 wait_s = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
