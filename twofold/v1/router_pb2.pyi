@@ -64,7 +64,7 @@ Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
 
 @_typing.final
 class ReportResponse(_message.Message):
-    """To a replica. News of all other replicas come together, at most every 10 ms; a reader that is behind gets merged values."""
+    """To a replica. News of all other replicas come together, in rounds; a reader that is behind gets merged values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
