@@ -99,7 +99,10 @@ class ControlPlane:
     def stop(self) -> None:
         """SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
 
 def progress(text: str) -> None:
@@ -199,7 +202,11 @@ class Replicas:
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.close()
-            process.wait(30)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
             process.stdout.close()
 
 
@@ -238,9 +245,11 @@ def bench(options: argparse.Namespace, directory: Path) -> dict[str, object]:
             result = steady(options, replicas, Figures(pids))
             return result | storms(plane, replicas)
         finally:
-            if replicas is not None:
-                replicas.stop()
-            plane.stop()
+            try:
+                if replicas is not None:
+                    replicas.stop()
+            finally:
+                plane.stop()
 
 
 def steady(options: argparse.Namespace, replicas: Replicas, figures: Figures) -> dict[str, object]:
