@@ -59,7 +59,8 @@ def algorithm_of(engine: VllmEngine) -> HashAlgorithm:
 
 
 def prompt_of(chance: random.Random) -> list[int]:
-    shared = [300 + (chance.randrange(6) * 37 + index * 7) % 600 for index in range(chance.choice((0, 128, 300, 700)))]
+    family = chance.randrange(4)
+    shared = [300 + (family * 37 + index * 7) % 600 for index in range(chance.choice((0, 128, 300, 700)))]
     return shared + [chance.randrange(300, 900) for _ in range(chance.choice((3, 60, 130, 400)))]
 
 
