@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import gc
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -184,6 +185,10 @@ async def measure(arguments: argparse.Namespace, workers: list[int], folder: Pat
     running: dict[str, Proxy | None] = {"direct": None}
     result: dict[str, Any] = dict.fromkeys(["direct", *names_of(arguments.peers)])
     bench = Bench(workers, arguments.seconds)
+    task = asyncio.current_task()
+    assert task is not None
+    # A run that is told to stop must not leave routers behind.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         for name in names_of(arguments.peers):
             say(f"starting {name}")
@@ -232,6 +237,8 @@ def main() -> int:
             assert upstream.stdout is not None
             workers = json.loads(upstream.stdout.readline())
             result = uvloop.run(measure(arguments, workers, Path(folder)))
+        except asyncio.CancelledError:
+            return 128 + signal.SIGTERM
         finally:
             upstream.terminate()
             upstream.wait()
