@@ -14,6 +14,8 @@ BACKOFF_MAX_S = 10.0
 HEALTHY_AFTER_S = 30.0
 """A child that lived this long begins its backoff anew."""
 EXIT_USAGE = 2
+STARVED_SHARE = 0.5
+"""A process that spends more of the time than this in the queue for a CPU cannot be blamed for its silence."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -32,6 +34,7 @@ class Child:
         self._backoff_s = BACKOFF_FIRST_S
         self._started_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._queued: tuple[float, float] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -88,6 +91,27 @@ class Child:
         if self._process is not None:
             self._process.send_signal(signal_number)
 
+    def starved(self, now_s: float) -> bool:
+        """Whether it waited for a CPU most of the time since the last call; True at the first, which only looks."""
+        queued_s = cpu_queue_s(self.pid) if self.pid is not None else None
+        if queued_s is None:
+            return False
+        before, self._queued = self._queued, (now_s, queued_s)
+        return before is None or queued_s - before[1] > STARVED_SHARE * (now_s - before[0])
+
+    def watch_no_more(self) -> None:
+        """Forget the last call of ``starved``."""
+        self._queued = None
+
     def _schedule(self, now_s: float) -> None:
         self.start_at_s = now_s + self._backoff_s
         self._backoff_s = min(self._backoff_s * 2, BACKOFF_MAX_S)
+
+
+def cpu_queue_s(pid: int) -> float | None:
+    """Seconds that a process's first thread was ready to run and waited for a CPU; None where that cannot be read."""
+    try:
+        with open(f"/proc/{pid}/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None

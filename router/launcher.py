@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 TICK_S = 1.0
+STARVED_PATIENCE = 10
+"""Hang timeouts that a child may be silent which only waits for a CPU: killing it would not bring it one."""
 KILL_AFTER_GRACE_S = 2.5
 AGENT_GRACE_S = 3.0
 EXIT_FAILED = 1
@@ -315,7 +317,10 @@ class Launcher:
             return
         for child in self._children():
             beat = replica.heartbeat(self._writer(child)).read()
-            if child.running and beat.pid == child.pid and now_s - beat.beat_s > timeout_s:
+            silent_s = now_s - beat.beat_s
+            if not child.running or beat.pid != child.pid or silent_s <= timeout_s:
+                child.watch_no_more()
+            elif silent_s > timeout_s * STARVED_PATIENCE or not child.starved(now_s):
                 log.error("child hangs, killing it", extra={"child": child.name, "child_pid": child.pid})
                 child.send(signal.SIGKILL)
 

@@ -1,5 +1,6 @@
 """Launcher: settings, sockets, and the backoff of one child."""
 
+import os
 import resource
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from router import children
 from router.children import BACKOFF_FIRST_S, BACKOFF_MAX_S, HEALTHY_AFTER_S, Child
 from router.launcher import LaunchError, LauncherSettings, bind, bind_relays, raise_file_limit
 from twofold import settings
@@ -129,3 +131,31 @@ def test_children_may_open_all_the_files_that_the_user_may() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_child_in_the_queue_for_a_cpu_is_starved_and_one_that_sleeps_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    queued_s: float | None = 5.0
+    monkeypatch.setattr(children, "cpu_queue_s", lambda pid: queued_s)
+    child = Child("relay-0", [sys.executable, "-c", "import signal; signal.pause()"])
+    assert not child.starved(0.0)  # it does not run
+    child.start(0.0)
+    try:
+        assert child.starved(100.0)  # benefit of the doubt until there are two looks
+        queued_s = 5.8
+        assert child.starved(101.0)
+        assert not child.starved(102.0)
+        queued_s = 6.7
+        assert child.starved(103.0)
+        child.watch_no_more()
+        assert child.starved(200.0)
+        queued_s = None
+        assert not child.starved(201.0)
+    finally:
+        child.send(signal.SIGKILL)
+        while child.reap(300.0) is None:
+            time.sleep(0.01)
+
+
+def test_time_in_the_queue_for_a_cpu_is_read_of_live_processes_only() -> None:
+    assert (children.cpu_queue_s(os.getpid()) or 0.0) >= 0.0
+    assert children.cpu_queue_s(2**22 + 1) is None
