@@ -12,7 +12,7 @@ PEERS ?= nginx,vllm-router,sglang-router
 PYTEST_ARGS ?=
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: help demo up test test-source test-wheel test-vllm lint bench-profiler soak proto lock replay-mooncake bench-calibration bench-decision bench-kvevents bench-dataplane bench-probes bench-controlplane clean
+.PHONY: help demo up test test-source test-wheel test-vllm test-vllm-operations lint bench-profiler soak proto lock replay-mooncake bench-calibration bench-decision bench-kvevents bench-dataplane bench-probes bench-controlplane clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ test-wheel: $(STAMP)
 
 test-vllm: $(STAMP) ## tests on two real vLLM engines (installs vLLM CPU, several GB, outside the checkout)
 	@scripts/test_vllm.sh $(PYTEST_ARGS)
+
+test-vllm-operations: $(STAMP) ## tests on a dozen real vLLM engines, one for each set of flags (ten minutes and more)
+	@VLLM_OPERATIONS=1 scripts/test_vllm.sh $(PYTEST_ARGS)
 
 replay-mooncake: $(STAMP) ## replay TRACE=path of a Mooncake trace through 2 replicas x 2 relays, 16 engines
 	@test -n "$(TRACE)" || { echo "usage: make replay-mooncake TRACE=path/to/mooncake_trace.jsonl[.gz]" >&2; exit 2; }
