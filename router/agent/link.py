@@ -16,6 +16,8 @@ from twofold.v1 import fleet_pb2, fleet_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+END_TIMEOUT_S = 5.0
+"""A report stream that was cancelled gets this long to end before the link goes on without it."""
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -142,8 +144,11 @@ class ControlPlaneLink:
             finally:
                 call.cancel()
                 beside.cancel()
-                await asyncio.wait({beside})
-                if not beside.cancelled():
+                done, _ = await asyncio.wait({beside}, timeout=END_TIMEOUT_S)
+                if not done:
+                    # The channel is closed next, which ends its calls.
+                    log.warning("the report stream does not end", extra={"address": self.address})
+                elif not beside.cancelled():
                     beside.result()
 
     async def _connect(self, channel: grpc.aio.Channel) -> None:

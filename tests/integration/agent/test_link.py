@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from router.agent import link as link_module
 from router.agent.link import ControlPlaneLink, Credentials
 from twofold import wire
 from twofold.model.fleet import FleetSnapshot
@@ -232,3 +233,33 @@ async def test_a_cancellation_that_nobody_asked_for_ends_neither_the_watch_nor_w
     async with watcher.running():
         await until(lambda: taken == 1 and watcher.link.reconnects == 1, "the watch ends and begins anew")
         await until(lambda: watcher.link.connected and watcher.beside == 4, "both run again")
+
+
+async def test_what_runs_beside_cannot_hold_the_link_by_not_ending(
+    control_plane: FakeControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "END_TIMEOUT_S", 0.1)
+    await control_plane.set(fleet(target("t-0")))
+    watcher = Watcher(control_plane.address)
+    release = asyncio.Event()
+    begun = 0
+
+    async def beside(channel: grpc.aio.Channel) -> None:
+        nonlocal begun
+        begun += 1
+        while begun == 1 and not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                continue  # as a call does that swallows its cancellation
+
+    def take(snapshot: FleetSnapshot) -> None:
+        watcher.snapshots.append(snapshot)
+        if len(watcher.snapshots) == 1:
+            raise wire.WireError("to be read again")
+
+    watcher.link._beside = beside
+    watcher.link._on_snapshot = take
+    async with watcher.running():
+        await until(lambda: len(watcher.snapshots) >= 2, "the watch begins anew")
+        release.set()
